@@ -1,0 +1,252 @@
+"""Data sets and image saving, shared by the five scripts.
+
+data = load_data("photos/", size=64)               # a folder, or `faces`, `cifar10`, `mnist`
+data.train, data.heldout                           # uint8 [M, 3, S, S]
+save_grid("pairs.png", images, reconstructions)    # [N, 3, S, S] in [-1, 1]
+"""
+
+import csv
+import math
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+MIN_IMAGES = 20  # of which two are held out
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line that says what is wrong and what to do."""
+
+
+class Data(NamedTuple):
+    """A data set in a random order: the first nine tenths to train, the last tenth held out."""
+
+    train: Tensor  # uint8 [M, 3, S, S]
+    heldout: Tensor  # uint8 [H, 3, S, S]
+    attributes: tuple[str, ...]  # names of the A yes/no attributes, () where the data has none
+    train_labels: Tensor  # bool [M, A]
+    heldout_labels: Tensor  # bool [H, A]
+
+
+def load_data(name, size, seed=0, root="data"):
+    """Read a whole data set into memory: a folder of images, or `faces`, `cifar10`, `mnist`.
+
+    size: side S of the square images in pixels. seed: of the shuffle (of the drawing for `faces`). root: where
+    torchvision's data sets are downloaded to. Returns Data, (M + H) * 3 * S * S bytes. Raises DataError.
+    """
+    torchvision_sets = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}
+    if name == "faces":
+        images, attributes, labels = draw_faces(10_000, size, seed)
+    elif name in torchvision_sets:
+        images, attributes, labels = _load_torchvision(torchvision_sets[name], size, seed, root)
+    else:
+        images, attributes, labels = _load_folder(Path(name), size, seed)
+    if len(images) < MIN_IMAGES:
+        raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least {MIN_IMAGES}")
+    split = len(images) - len(images) // 10
+    return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:])
+
+
+def to_float(images):
+    """uint8 images in [0, 255] -> float32 in [-1, 1], of any shape, on the same device."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def read_image(path, size):
+    """One image file -> uint8 [3, size, size]: upright, over white, the centre square, antialiased.
+
+    Raises what Pillow raises on a file that it cannot read. GIF and WebP give their first frame.
+    """
+    with Image.open(path) as image:
+        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _load_folder(folder, size, seed):
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give a folder of images, or faces, cifar10 or mnist")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    random.Random(seed).shuffle(paths)
+    attributes, table = _read_attributes(folder)
+
+    def read(path):
+        try:
+            return read_image(path, size)
+        except Exception:  # Pillow's decoders raise many kinds: what cannot be read is skipped and counted
+            return None
+
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    used, skipped = [], []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), 1000):  # block by block, so that few decoded images wait in memory
+            block = paths[start : start + 1000]
+            for path, image in zip(block, pool.map(read, block)):
+                if image is not None:
+                    images[len(used)] = image
+                (skipped if image is None else used).append(path)
+            print(f"\rread {len(used)} of {len(paths)} images", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    if skipped:
+        print(f"skipped {len(skipped)} that cannot be read: {', '.join(map(str, skipped[:3]))}", file=sys.stderr)
+    for path in used if attributes else ():
+        if path.name not in table:
+            raise DataError(f"{path} has no row in the attribute file: add one, or take the image away")
+    labels = torch.tensor([table[path.name] if attributes else [] for path in used], dtype=torch.bool)
+    return images[: len(used)], attributes, labels
+
+
+def _read_attributes(folder):
+    """CelebA's list_attr_celeba.txt or an attributes.csv, in the folder or beside it: names, {file name: values}."""
+    files = [place / name for place in (folder, folder.parent) for name in ("list_attr_celeba.txt", "attributes.csv")]
+    for path in filter(Path.is_file, files):
+        lines = [line for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+        if path.suffix == ".csv":
+            header, *rows = csv.reader(lines or [""])
+        else:  # the number of images, the names, then a file name and 1 or -1 for each
+            header, *rows = [line.split() for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
+        for row in rows:
+            if len(row) != len(header) or not set(row[1:]) <= {"0", "1", "-1"}:
+                raise DataError(f"{path}: not a file name and {len(header) - 1} values 0 or 1: {' '.join(row)[:60]}")
+        return header[1:], {row[0]: [value == "1" for value in row[1:]] for row in rows}
+    return [], {}
+
+
+def _load_torchvision(dataset, size, seed, root):
+    try:
+        source = dataset(root, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = f"{dataset.__name__} cannot be downloaded to {root}/ ({str(error).splitlines()[0]})"
+        raise DataError(f"{reason}: put its files there, or give a folder of images") from error
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(source)))
+    images = torch.as_tensor(source.data)[order]  # CIFAR-10 [M, 32, 32, 3], MNIST [M, 28, 28]
+    images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+    images = resize(images, [size, size], antialias=True).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.as_tensor(source.targets)[order, None] == torch.arange(len(source.classes))
+    return images, source.classes, labels
+
+
+def save_grid(path, *batches, columns=10, captions=()):
+    """Save images as one picture, row by row; small ones enlarged by a whole factor, without blur.
+
+    batches: one or more [N, 3, S, S] in [-1, 1] (clipped), on any device; the first images of all batches stand side
+    by side, then the second ones: (original, reconstruction) pairs. columns: how many such groups a row. captions: for
+    each batch, up to N short texts for the top-left corners of its tiles.
+    """
+    groups = []
+    for images, texts in zip_longest(batches, captions, fillvalue=()):
+        tiles = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+        factor = max(1, 64 // images.shape[-1])
+        tiles = tiles.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        for tile, text in zip(tiles, texts):
+            image = Image.fromarray(tile.permute(1, 2, 0).numpy())
+            pen = ImageDraw.Draw(image)
+            pen.rectangle(pen.textbbox((1, 0), text), "black")
+            pen.text((1, 0), text, "white")
+            tile.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        groups.append(tiles)
+    grid = torchvision.utils.make_grid(torch.cat(groups, dim=-1), nrow=columns, padding=4, pad_value=255)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+def draw_faces(count, size, seed=0):
+    """Cartoon faces: images uint8 [count, 3, size, size], the names of the A attributes, labels bool [count, A].
+
+    The same bytes on every machine with the same Pillow; image i depends on seed, size and i alone.
+    """
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    labels = torch.empty(count, len(FACE_ATTRIBUTES), dtype=torch.bool)
+    for i in range(count):
+        image, parts = draw_face(random.Random(f"{seed} {i}"), size)
+        images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        labels[i] = torch.tensor([name in parts for name in FACE_ATTRIBUTES])
+    return images, FACE_ATTRIBUTES, labels
+
+
+def draw_face(rng, size):
+    """One face drawn with a random.Random: a Pillow image [size, size] and the set of its parts and attributes."""
+    parts = {name for name, odds in ODDS.items() if rng.random() < odds} | {"head"}
+    hair = rng.random() * len(HAIR)
+    parts = parts - {"long_hair", "bangs"} if "bald" in parts else parts | {"hair", HAIR[int(hair)]}
+    parts.add((("stern", "beaming"), ("gaping", "laughing"))["open_mouth" in parts]["smiling" in parts])
+    colours = {"white": (255, 255, 255), "black": (28, 26, 34), "gold": (255, 214, 60)}
+    for name, options in PALETTE.items():
+        number = int(hair if name == "hair" else rng.random() * len(options))
+        parts |= {"pale_skin"} if name == "skin" and number == 0 else set()
+        light, warm = 0.95 + 0.1 * rng.random(), 12 * (rng.random() - 0.5)
+        for shade, by in (("", 1), (" +", 0.94), (" -", 0.84), (" --", 0.55)):
+            red, green, blue = (round(c * light * by) for c in options[number])
+            colours[name + shade] = (red + round(warm), green, blue - round(warm))
+
+    # One percent is 2.5 pixels; the margin of 40 pixels shows only where the face is tilted or shifted.
+    image = Image.new("RGB", (330, 330), colours["background"])
+    pen, width = ImageDraw.Draw(image), 0.9 + 0.2 * rng.random()
+    for part, colour, shape, (x0, y0, x1, y1), *arguments in (row for row in FACE if row[0] in parts):
+        for left, right in ((x0, x1), (100 - x1, 100 - x0))[: 1 + (x1 <= 50)]:
+            box = [165 + (left - 50) * 2.5 * width, 40 + y0 * 2.5, 165 + (right - 50) * 2.5 * width, 40 + y1 * 2.5]
+            getattr(pen, shape)(box, fill=colours[colour], **dict(*arguments))
+    tilt, dx, dy = (by * (rng.random() - 0.5) for by in (0.3, 25, 20))
+    a, b = math.cos(tilt), math.sin(tilt)
+    affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)
+    image = image.transform((250, 250), Image.Transform.AFFINE, affine)
+    return image.resize((size, size), Image.Resampling.BOX), parts
+
+
+# fmt: off
+HAIR = ("black_hair", "brown_hair", "blond_hair", "red_hair")
+ODDS = {"bald": 0.12, "long_hair": 0.4, "bangs": 0.4, "glasses": 0.3, "smiling": 0.5, "open_mouth": 0.35, "beard": 0.3,
+        "hat": 0.2, "earrings": 0.25}
+FACE_ATTRIBUTES = (*HAIR, *ODDS, "pale_skin")
+CLOTHES = (200, 60, 66), (52, 96, 170), (60, 140, 96), (236, 236, 240), (90, 70, 120), (240, 160, 50)
+PALETTE = {
+    "hair": ((38, 32, 36), (112, 70, 40), (238, 204, 112), (196, 78, 40)),
+    "skin": ((246, 220, 202), (232, 184, 148), (192, 134, 94), (128, 84, 58)), "lips": ((176, 50, 60),),
+    "background": ((240, 192, 192), (244, 222, 170), (196, 228, 190), (176, 214, 236), (206, 190, 236), (170, 178, 190)),
+    "clothes": CLOTHES, "hat": CLOTHES, "eyes": ((86, 56, 36), (60, 110, 160), (70, 120, 70)),
+}
+# In drawing order: part, colour, shape, its box in percent (what ends left of the middle is drawn on both sides),
+# radius or angles and width.
+FACE = (
+    ("head", "background +", "ellipse", (4, 4, 96, 88)),
+    ("long_hair", "hair -", "rounded_rectangle", (17, 24, 83, 92), {"radius": 50}),
+    ("head", "clothes", "ellipse", (8, 83, 92, 137)),
+    ("head", "skin -", "rounded_rectangle", (42, 70, 58, 95), {"radius": 15}),
+    ("hair", "hair", "ellipse", (17.5, 10.5, 82.5, 77.5)),
+    ("head", "skin -", "ellipse", (18.5, 48.5, 28.5, 61.5)), ("earrings", "gold", "ellipse", (20.7, 60.5, 26.3, 67.5)),
+    ("head", "skin", "ellipse", (23.5, 20.5, 76.5, 83.5)), ("head", "skin +", "ellipse", (29, 58, 38, 64)),
+    ("beard", "hair -", "chord", (23.2, 20, 76.8, 84.5), {"start": 18, "end": 162}),
+    ("beard", "hair -", "ellipse", (37, 62.5, 63, 77.5)),
+    ("hair", "hair", "chord", (23, 14, 77, 40), {"start": 180, "end": 360}),
+    ("bangs", "hair", "chord", (22.5, 16, 77.5, 52), {"start": 180, "end": 360}),
+    ("bangs", "hair", "ellipse", (22.5, 26, 37.5, 43)), ("bangs", "hair", "ellipse", (35, 26, 50, 43)),
+    ("head", "white", "ellipse", (33.4, 47.4, 44.6, 56.6)), ("head", "eyes", "ellipse", (35.6, 48.4, 42.4, 56)),
+    ("head", "black", "ellipse", (37.4, 50.4, 40.6, 54)),
+    ("head", "hair --", "arc", (32, 43, 46, 56), {"start": 220, "end": 320, "width": 4}),
+    ("head", "skin --", "arc", (46.5, 54, 53.5, 61.5), {"start": 20, "end": 160, "width": 4}),
+    ("laughing", "lips --", "chord", (40, 59, 60, 74.5), {"start": 0, "end": 180}),
+    ("laughing", "white", "chord", (41.5, 63, 58.5, 69.5), {"start": 0, "end": 180}),
+    ("gaping", "lips --", "ellipse", (44.2, 64, 55.8, 74)), ("gaping", "lips", "ellipse", (46.5, 69.5, 53.5, 73.5)),
+    ("beaming", "lips", "arc", (40, 58, 60, 71), {"start": 15, "end": 165, "width": 6}),
+    ("stern", "lips", "rectangle", (43, 67.4, 57, 69.6)),
+    ("glasses", "black", "arc", (29, 43, 48, 61), {"start": 0, "end": 360, "width": 5}),
+    ("glasses", "black", "rectangle", (47, 49, 53, 51)),
+    ("hat", "hat", "chord", (20, 2, 80, 66), {"start": 180, "end": 360}),
+    ("hat", "hat -", "rounded_rectangle", (12, 30, 88, 37), {"radius": 9}),
+)
