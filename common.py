@@ -60,7 +60,7 @@ def load_data(name, size, seed=0, root="data"):
 
 def to_float(images):
     """uint8 images in [0, 255] -> float32 in [-1, 1], of any shape, on the same device."""
-    return images.float().div_(127.5).sub_(1)
+    return images.float() / 127.5 - 1
 
 
 def read_image(path, size):
@@ -198,7 +198,7 @@ def draw_face(rng, size):
     # One percent is 2.5 pixels; the margin of 40 pixels shows only where the face is tilted or shifted.
     image = Image.new("RGB", (330, 330), colours["background"])
     pen, width = ImageDraw.Draw(image), 0.9 + 0.2 * rng.random()
-    for part, colour, shape, (x0, y0, x1, y1), *arguments in (row for row in FACE if row[0] in parts):
+    for _, colour, shape, (x0, y0, x1, y1), *arguments in (row for row in FACE if row[0] in parts):
         for left, right in ((x0, x1), (100 - x1, 100 - x0))[: 1 + (x1 <= 50)]:
             box = [165 + (left - 50) * 2.5 * width, 40 + y0 * 2.5, 165 + (right - 50) * 2.5 * width, 40 + y1 * 2.5]
             getattr(pen, shape)(box, fill=colours[colour], **dict(*arguments))
@@ -218,7 +218,9 @@ CLOTHES = (200, 60, 66), (52, 96, 170), (60, 140, 96), (236, 236, 240), (90, 70,
 PALETTE = {
     "hair": ((38, 32, 36), (112, 70, 40), (238, 204, 112), (196, 78, 40)),
     "skin": ((246, 220, 202), (232, 184, 148), (192, 134, 94), (128, 84, 58)), "lips": ((176, 50, 60),),
-    "background": ((240, 192, 192), (244, 222, 170), (196, 228, 190), (176, 214, 236), (206, 190, 236), (170, 178, 190)),
+    "background": (
+        (240, 192, 192), (244, 222, 170), (196, 228, 190), (176, 214, 236), (206, 190, 236), (170, 178, 190)
+    ),
     "clothes": CLOTHES, "hat": CLOTHES, "eyes": ((86, 56, 36), (60, 110, 160), (70, 120, 70)),
 }
 # In drawing order: part, colour, shape, its box in percent (what ends left of the middle is drawn on both sides),
