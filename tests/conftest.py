@@ -1,0 +1,86 @@
+"""What the tests of all scripts share: a folder of images, runs of a script, comparison of checkpoints."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from common import draw_face
+
+ROOT = Path(__file__).parent.parent
+TINY = "--image-size 16 --channels 2 --batch-size 4 --log-every 1 --save-every 2 --device cpu".split()
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 30 small PNG files, a few of them in a folder inside."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for i in range(30):
+        image, _ = draw_face(random.Random(i), 20)
+        image.save(folder / ("more" if i % 5 == 0 else ".") / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def cli(capsys):
+    """cli(script, *arguments): run a script's main() in this process; its exit status and what it printed."""
+
+    def run(script, *arguments):
+        capsys.readouterr()
+        try:
+            script.main([str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+def start(script, *arguments, cwd):
+    """Run a script in a process of its own, as a user does; returns the process."""
+    command = [sys.executable, ROOT / f"{script}.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_refused(result, *words):
+    """Exit status 2 and one line of error that has all the words; no traceback."""
+    lines = [line for line in result.err.splitlines() if not line.lstrip("\r").startswith(("read ", "skipped "))]
+    assert result.status == 2 and len(lines) == 1 and ": error: " in lines[0], result
+    assert all(str(word) in lines[0] for word in words), lines[0]
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Two checkpoints (nested dicts, lists, tensors, numbers) are the same bit for bit, but for the time they took."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"seconds", "config"}:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def load(folder):
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))

@@ -1,0 +1,317 @@
+import pickle
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import DataError, draw_face, draw_faces, load_data, read_image, save_grid, to_float
+
+
+def picture(width, height, seed=0):
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), np.uint8))
+
+
+def pixel(image):
+    """Any Pillow image of one colour -> that colour, read back by read_image."""
+    return read_image(image, 4)[:, 1, 1].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------- reading files
+
+
+def test_a_wide_image_is_cropped_to_its_centre(tmp_path):
+    image = Image.new("RGB", (90, 30), "red")
+    image.paste("lime", (30, 0, 60, 30))
+    image.save(tmp_path / "a.png")
+    green = read_image(tmp_path / "a.png", 10)
+    assert (green[:, :, 1:-1] == torch.tensor([0, 255, 0])[:, None, None]).all() and (green[1] > 230).all()
+
+
+def test_resizing_is_antialiased_and_a_square_of_the_right_size_is_untouched(tmp_path):
+    board = np.indices((128, 128)).sum(0) % 2 * 255
+    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "board.png")
+    assert (read_image(tmp_path / "board.png", 16).float() - 127.5).abs().max() < 8
+    picture(16, 16).save(tmp_path / "same.png")
+    assert torch.equal(
+        read_image(tmp_path / "same.png", 16).permute(1, 2, 0), torch.from_numpy(np.array(picture(16, 16)))
+    )
+
+
+@pytest.mark.parametrize(
+    "mode, colour, name, expected",
+    [
+        ("L", 90, "a.png", [90, 90, 90]),
+        ("1", 1, "a.bmp", [255, 255, 255]),
+        ("RGBA", (200, 0, 0, 0), "a.png", [255, 255, 255]),
+        ("RGBA", (0, 0, 0, 128), "a.webp", [127, 127, 127]),
+        ("LA", (0, 128), "a.png", [127, 127, 127]),
+        ("I;16", 32896, "a.png", [128, 128, 128]),
+        ("CMYK", (0, 255, 255, 0), "a.jpg", [255, 0, 0]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, colour, name, expected):
+    Image.new(mode, (8, 8), colour).save(tmp_path / name)
+    np.testing.assert_allclose(pixel(tmp_path / name), expected, atol=2)
+
+
+def test_a_palette_with_a_transparent_colour_stands_over_white(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "opaque.png")
+    image.save(tmp_path / "clear.png", transparency=1)
+    assert pixel(tmp_path / "opaque.png") == [10, 20, 30] and pixel(tmp_path / "clear.png") == [255, 255, 255]
+
+
+def test_a_gif_gives_its_first_frame_and_exif_turns_a_photo_upright(tmp_path):
+    red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
+    assert pixel(tmp_path / "a.gif") == [255, 0, 0]
+    half = Image.new("RGB", (8, 8), "black")
+    half.paste("white", (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: the top goes to the right
+    half.save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png", 8)[0, 4].tolist() == [0] * 4 + [255] * 4
+
+
+def test_a_large_jpeg_decoded_small_is_close_to_one_decoded_whole(tmp_path):
+    image = picture(8, 8).resize((1024, 1024), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    difference = read_image(tmp_path / "a.jpg", 32).float() - read_image(tmp_path / "a.png", 32).float()
+    assert difference.abs().mean() < 3
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_is_searched_and_split_with_a_seed(photos):
+    data = load_data(str(photos), 16)
+    assert data.train.shape == (27, 3, 16, 16) and data.heldout.shape == (3, 3, 16, 16)
+    assert data.train.dtype == data.heldout.dtype == torch.uint8
+    assert data.attributes == () and data.train_labels.shape == (27, 0) and data.heldout_labels.shape == (3, 0)
+    everything = {bytes(image.numpy()) for image in torch.cat([data.train, data.heldout])}
+    assert everything == {bytes(read_image(path, 16).contiguous().numpy()) for path in photos.rglob("*.png")}
+    assert all(torch.equal(a, b) for a, b in zip(data[:2], load_data(str(photos), 16)[:2]))
+    assert not torch.equal(data.heldout, load_data(str(photos), 16, seed=1).heldout)
+
+
+def test_a_data_set_takes_one_byte_a_value(photos):
+    data = load_data(str(photos), 16)
+    assert data.train.untyped_storage().nbytes() == 30 * 3 * 16 * 16
+    assert data.train.untyped_storage().data_ptr() == data.heldout.untyped_storage().data_ptr()
+
+
+def test_files_that_cannot_be_read_are_skipped_counted_and_named(tmp_path, capsys):
+    for i in range(25):
+        picture(20 + i, 30, i).save(tmp_path / f"{i}.{('png', 'JPG', 'webp', 'bmp', 'gif')[i % 5]}")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "1.JPG").read_bytes()[:200])
+    (tmp_path / "notes.txt").write_text("no picture, and not meant to be")
+    data = load_data(str(tmp_path), 16)
+    assert len(data.train) + len(data.heldout) == 25
+    error = capsys.readouterr().err
+    assert "read 25 of 27 images" in error and "skipped 2" in error and "broken.png" in error and "cut.jpg" in error
+
+
+def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, photos):
+    picture(8, 8).save(tmp_path / "one.png")
+    for name, words in (
+        (tmp_path / "missing", "not a folder"),
+        ("celebA", "faces, cifar10 or mnist"),
+        (tmp_path / "one.png", "not a folder"),
+        (tmp_path, "1 readable images"),
+        (photos / "more", "at least 20"),
+    ):
+        with pytest.raises(DataError, match=words) as error:
+            load_data(str(name), 16)
+        assert "\n" not in str(error.value) and str(name) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- attributes
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """25 images of one grey each, in a folder inside: image i is i * 10 and has the attributes i odd, i > 9."""
+    (tmp_path / "images").mkdir()
+    for i in range(25):
+        Image.new("L", (8, 8), i * 10).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+def assert_labels_belong_to_their_images(data):
+    assert data.attributes == ("odd", "large") and data.train_labels.dtype == torch.bool
+    for images, labels in ((data.train, data.train_labels), (data.heldout, data.heldout_labels)):
+        numbers = images[:, 0, 0, 0] // 10
+        assert torch.equal(labels, torch.stack([numbers % 2 == 1, numbers > 9], 1))
+
+
+@pytest.mark.parametrize("place", [".", "images"])
+def test_attributes_csv(labelled, place):
+    rows = [f"{i}.png,{i % 2},{int(i > 9)}" for i in range(25)]
+    (labelled / place / "attributes.csv").write_text("\n".join(["\ufefffile,odd,large", *rows, ""]), "utf-8")
+    assert_labels_belong_to_their_images(load_data(str(labelled / place), 8))
+    assert_labels_belong_to_their_images(load_data(str(labelled / "images"), 8))  # in the folder or beside it
+
+
+def test_celeba_attributes(labelled):
+    rows = [f"{i}.png  {1 if i % 2 else -1} {1 if i > 9 else -1}" for i in range(25)]
+    (labelled / "list_attr_celeba.txt").write_text("\n".join(["25", "odd large", *rows]))
+    assert_labels_belong_to_their_images(load_data(str(labelled / "images"), 8))
+
+
+def test_attributes_that_do_not_fit_are_refused(labelled):
+    path = labelled / "attributes.csv"
+    for text, words in (
+        ("file,odd\n0.png,1", "has no row"),
+        ("file,odd\n0.png,7", "0.png 7"),
+        ("f,odd\n0.png", "0 or 1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=words):
+            load_data(str(labelled), 8)
+
+
+# ------------------------------------------------------------------------------------------------------ torchvision
+
+
+def test_mnist_from_its_files(tmp_path):
+    digits, classes = (
+        np.random.RandomState(0).randint(0, 256, (40, 28, 28), np.uint8),
+        np.arange(40, dtype=np.uint8) % 10,
+    )
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 40, 28, 28) + digits.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 40) + classes.tobytes())
+    data = load_data("mnist", 28, root=tmp_path)
+    assert data.train.shape == (36, 3, 28, 28) and data.heldout.shape == (4, 3, 28, 28) and len(data.attributes) == 10
+    for images, labels in ((data.train, data.train_labels), (data.heldout, data.heldout_labels)):
+        for image, label in zip(images, labels):
+            (number,) = [i for i in range(40) if (digits[i] == image[0].numpy()).all()]
+            assert torch.equal(image[0], image[2]) and label.nonzero().item() == number % 10
+
+
+def test_cifar10_from_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    images = np.random.RandomState(0).randint(0, 256, (50, 3, 32, 32), np.uint8)
+    for i in range(5):
+        batch = {"data": images[10 * i : 10 * i + 10].reshape(10, -1), "labels": list(range(10))}
+        (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    data = load_data("cifar10", 32, root=tmp_path)
+    assert data.train.shape == (45, 3, 32, 32) and data.attributes == tuple("abcdefghij")
+    for image, label in zip(data.train, data.train_labels):
+        (number,) = [i for i in range(50) if (images[i] == image.numpy()).all()]
+        assert label.nonzero().item() == number % 10
+    assert load_data("cifar10", 16, root=tmp_path).train.shape == (45, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_a_failed_download_is_one_line(name, tmp_path, monkeypatch):
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(DataError, match="cannot be downloaded") as error:
+        load_data(name, 16, root=tmp_path / "data")
+    assert "\n" not in str(error.value) and "give a folder of images" in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ faces
+
+
+def test_faces_are_the_same_for_the_same_seed_and_each_its_own():
+    images, names, labels = draw_faces(40, 32)
+    again, _, _ = draw_faces(20, 32)
+    assert images.shape == (40, 3, 32, 32) and images.dtype == torch.uint8 and labels.shape == (40, len(names))
+    assert torch.equal(images[:20], again) and not torch.equal(again, draw_faces(20, 32, seed=1)[0])
+    assert len({bytes(image.numpy()) for image in images}) == 40
+
+
+def test_faces_have_ten_attributes_that_come_and_go():
+    _, names, labels = draw_faces(300, 8)
+    assert len(set(names)) == len(names) >= 10 and "head" not in names
+    assert ((labels.float().mean(0) > 0.05) & (labels.float().mean(0) < 0.7)).all()
+    hair = labels[:, [names.index(name) for name in common.HAIR]].sum(1)
+    assert torch.equal(hair, 1 - labels[:, names.index("bald")].long())
+
+
+@pytest.mark.parametrize("name", common.ODDS)
+def test_an_attribute_can_be_seen_at_16_pixels(name, monkeypatch):
+    with_it, without = [], []
+    for odds, faces in ((1, with_it), (0, without)):
+        monkeypatch.setitem(common.ODDS, name, odds)
+        for seed in range(20):
+            image, parts = draw_face(random.Random(seed), 16)
+            assert (name in parts) == bool(odds) or (name in ("long_hair", "bangs") and "bald" in parts)
+            faces.append(np.array(image, float))
+    change = np.abs(np.array(with_it) - without).max((1, 2, 3))
+    assert np.median(change) > 25, change
+
+
+def test_faces_is_a_data_set_by_name(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(common, "draw_faces", lambda count, *args: drawn.append(count) or draw_faces(100, *args))
+    data = load_data("faces", 16)
+    assert drawn == [10_000] and data.train.shape == (90, 3, 16, 16) and data.heldout_labels.shape[0] == 10
+    assert data.attributes == common.FACE_ATTRIBUTES
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+
+
+def test_to_float_spans_the_range():
+    x = to_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert x.dtype == torch.float32 and x.tolist() == pytest.approx([-1, -0.6, 1])
+
+
+def tiles(path, size, across, down):
+    """The picture's tiles as [down, across, size, size, 3]; checks that nothing but white stands between them."""
+    picture = np.array(Image.open(path))
+    assert picture.shape == (down * (size + 4) + 4, across * (size + 4) + 4, 3)
+    rows, columns = np.ix_(*[[i * (size + 4) + 4 + j for i in range(n) for j in range(size)] for n in (down, across)])
+    inside = picture[rows, columns].reshape(down, size, across, size, 3).swapaxes(1, 2)
+    picture[rows, columns] = 255
+    assert (picture == 255).all()
+    return inside
+
+
+def test_a_grid_shows_every_value_enlarged_without_blur(tmp_path):
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    save_grid(tmp_path / "a.png", to_float(images), columns=3)
+    shown = tiles(tmp_path / "a.png", 64, 3, 2)
+    expected = images.numpy().transpose(0, 2, 3, 1).repeat(4, 1).repeat(4, 2)
+    assert (shown.reshape(6, 64, 64, 3)[:5] == expected).all() and (shown[1, 2] == 255).all()
+
+
+def test_values_outside_the_range_are_clipped_and_the_images_left_alone(tmp_path):
+    images = torch.tensor([-7.0, 7.0]).view(2, 1, 1, 1).expand(2, 3, 64, 64).clone().requires_grad_()
+    save_grid(tmp_path / "a.png", images)
+    shown = tiles(tmp_path / "a.png", 64, 2, 1)
+    assert (shown[0, 0] == 0).all() and (shown[0, 1] == 255).all() and images.detach().abs().min() == 7
+
+
+def test_pairs_stand_side_by_side_without_a_gap(tmp_path):
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    save_grid(tmp_path / "a.png", x, -x, columns=1)
+    for i in range(2):
+        shown = np.array(Image.open(tmp_path / "a.png"), int)[4 + 68 * i : 68 + 68 * i, 4:132]
+        left, right = shown[:, :64], shown[:, 64:]
+        assert np.abs(left + right - 255).max() <= 1 and np.abs(left - right).max() > 50
+
+
+def test_captions_stand_in_the_top_left_corner_of_their_tile_alone(tmp_path):
+    x = torch.zeros(2, 3, 64, 64)
+    save_grid(tmp_path / "plain.png", x, x, columns=2)
+    save_grid(tmp_path / "a.png", x, x, columns=2, captions=[(), ["97%"]])
+    plain, shown = np.array(Image.open(tmp_path / "plain.png")), np.array(Image.open(tmp_path / "a.png"))
+    y, x = np.nonzero((plain != shown).any(-1))
+    assert 4 <= y.min() <= y.max() < 20 and 68 <= x.min() <= x.max() < 100 and len(y) > 50
+    assert shown[y, x].min() == 0 and shown[y, x].max() > 200
