@@ -56,7 +56,7 @@ def start(script, *arguments, cwd):
 
 def assert_refused(result, *words):
     """Exit status 2 and one line of error that has all the words; no traceback."""
-    lines = [line for line in result.err.splitlines() if not line.lstrip("\r").startswith(("read ", "skipped "))]
+    lines = [line for line in result.err.split("\n") if line and not line.startswith(("\rread ", "skipped "))]
     assert result.status == 2 and len(lines) == 1 and ": error: " in lines[0], result
     assert all(str(word) in lines[0] for word in words), lines[0]
 
