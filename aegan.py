@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow"]
+# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
 # ///
 """Autoencoding generative adversarial networks (Conor Lazarou, arXiv:2004.05472, 2020).
 

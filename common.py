@@ -22,7 +22,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-MIN_IMAGES = 20  # of which two are held out
 
 
 class DataError(ValueError):
@@ -52,8 +51,8 @@ def load_data(name, size, seed=0, root="data"):
         images, attributes, labels = _load_torchvision(torchvision_sets[name], size, seed, root)
     else:
         images, attributes, labels = _load_folder(Path(name), size, seed)
-    if len(images) < MIN_IMAGES:
-        raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least {MIN_IMAGES}")
+    if len(images) < 20:  # two held out
+        raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least 20")
     split = len(images) - len(images) // 10
     return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:])
 
@@ -201,7 +200,7 @@ def draw_face(rng, size):
     for _, colour, shape, (x0, y0, x1, y1), *arguments in (row for row in FACE if row[0] in parts):
         for left, right in ((x0, x1), (100 - x1, 100 - x0))[: 1 + (x1 <= 50)]:
             box = [165 + (left - 50) * 2.5 * width, 40 + y0 * 2.5, 165 + (right - 50) * 2.5 * width, 40 + y1 * 2.5]
-            getattr(pen, shape)(box, fill=colours[colour], **dict(*arguments))
+            getattr(pen, shape)(box, *arguments, fill=colours[colour], width=5)
     tilt, dx, dy = (by * (rng.random() - 0.5) for by in (0.3, 25, 20))
     a, b = math.cos(tilt), math.sin(tilt)
     affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)
@@ -223,32 +222,24 @@ PALETTE = {
     ),
     "clothes": CLOTHES, "hat": CLOTHES, "eyes": ((86, 56, 36), (60, 110, 160), (70, 120, 70)),
 }
-# In drawing order: part, colour, shape, its box in percent (what ends left of the middle is drawn on both sides),
-# radius or angles and width.
+# In drawing order: part, colour, shape, box in percent (what ends left of the middle is drawn on both sides), and radius
+# or angles.
+ROUNDED = "rounded_rectangle"
 FACE = (
-    ("head", "background +", "ellipse", (4, 4, 96, 88)),
-    ("long_hair", "hair -", "rounded_rectangle", (17, 24, 83, 92), {"radius": 50}),
-    ("head", "clothes", "ellipse", (8, 83, 92, 137)),
-    ("head", "skin -", "rounded_rectangle", (42, 70, 58, 95), {"radius": 15}),
-    ("hair", "hair", "ellipse", (17.5, 10.5, 82.5, 77.5)),
-    ("head", "skin -", "ellipse", (18.5, 48.5, 28.5, 61.5)), ("earrings", "gold", "ellipse", (20.7, 60.5, 26.3, 67.5)),
-    ("head", "skin", "ellipse", (23.5, 20.5, 76.5, 83.5)), ("head", "skin +", "ellipse", (29, 58, 38, 64)),
-    ("beard", "hair -", "chord", (23.2, 20, 76.8, 84.5), {"start": 18, "end": 162}),
-    ("beard", "hair -", "ellipse", (37, 62.5, 63, 77.5)),
-    ("hair", "hair", "chord", (23, 14, 77, 40), {"start": 180, "end": 360}),
-    ("bangs", "hair", "chord", (22.5, 16, 77.5, 52), {"start": 180, "end": 360}),
-    ("bangs", "hair", "ellipse", (22.5, 26, 37.5, 43)), ("bangs", "hair", "ellipse", (35, 26, 50, 43)),
-    ("head", "white", "ellipse", (33.4, 47.4, 44.6, 56.6)), ("head", "eyes", "ellipse", (35.6, 48.4, 42.4, 56)),
-    ("head", "black", "ellipse", (37.4, 50.4, 40.6, 54)),
-    ("head", "hair --", "arc", (32, 43, 46, 56), {"start": 220, "end": 320, "width": 4}),
-    ("head", "skin --", "arc", (46.5, 54, 53.5, 61.5), {"start": 20, "end": 160, "width": 4}),
-    ("laughing", "lips --", "chord", (40, 59, 60, 74.5), {"start": 0, "end": 180}),
-    ("laughing", "white", "chord", (41.5, 63, 58.5, 69.5), {"start": 0, "end": 180}),
-    ("gaping", "lips --", "ellipse", (44.2, 64, 55.8, 74)), ("gaping", "lips", "ellipse", (46.5, 69.5, 53.5, 73.5)),
-    ("beaming", "lips", "arc", (37, 55, 63, 73), {"start": 20, "end": 160, "width": 9}),
-    ("stern", "lips", "rectangle", (44, 67.4, 56, 69.6)),
-    ("glasses", "black", "arc", (29, 43, 48, 61), {"start": 0, "end": 360, "width": 5}),
-    ("glasses", "black", "rectangle", (47, 49, 53, 51)),
-    ("hat", "hat", "chord", (20, 2, 80, 66), {"start": 180, "end": 360}),
-    ("hat", "hat -", "rounded_rectangle", (12, 30, 88, 37), {"radius": 9}),
+    ("head", "background +", "ellipse", (4, 4, 96, 88)), ("long_hair", "hair -", ROUNDED, (17, 24, 83, 92), 50),
+    ("head", "clothes", "ellipse", (8, 83, 92, 137)), ("head", "skin -", ROUNDED, (42, 70, 58, 95), 15),
+    ("hair", "hair", "ellipse", (17.5, 10.5, 82.5, 77.5)), ("head", "skin -", "ellipse", (18.5, 48.5, 28.5, 61.5)),
+    ("earrings", "gold", "ellipse", (20.7, 60.5, 26.3, 67.5)), ("head", "skin", "ellipse", (23.5, 20.5, 76.5, 83.5)),
+    ("head", "skin +", "ellipse", (29, 58, 38, 64)), ("beard", "hair -", "chord", (23.2, 20, 76.8, 84.5), 18, 162),
+    ("beard", "hair -", "ellipse", (37, 62.5, 63, 77.5)), ("hair", "hair", "chord", (23, 14, 77, 40), 180, 360),
+    ("bangs", "hair", "chord", (22.5, 16, 77.5, 52), 180, 360), ("bangs", "hair", "ellipse", (22.5, 26, 37.5, 43)),
+    ("bangs", "hair", "ellipse", (35, 26, 50, 43)), ("head", "white", "ellipse", (33.4, 47.4, 44.6, 56.6)),
+    ("head", "eyes", "ellipse", (35.6, 48.4, 42.4, 56)), ("head", "black", "ellipse", (37.4, 50.4, 40.6, 54)),
+    ("head", "hair --", "arc", (32, 43, 46, 56), 220, 320), ("head", "skin --", "arc", (46.5, 54, 53.5, 61.5), 20, 160),
+    ("laughing", "lips --", "chord", (40, 59, 60, 74), 0, 180),
+    ("laughing", "white", "chord", (42, 63, 58, 69), 0, 180),
+    ("gaping", "lips --", "ellipse", (44, 64, 56, 74)), ("gaping", "lips", "ellipse", (46.5, 69.5, 53.5, 73.5)),
+    ("beaming", "lips", "chord", (38, 60, 62, 74), 0, 180), ("stern", "lips", "rectangle", (44, 67.4, 56, 69.6)),
+    ("glasses", "black", "arc", (29, 43, 48, 61), 0, 360), ("glasses", "black", "rectangle", (47, 49, 53, 51)),
+    ("hat", "hat", "chord", (20, 2, 80, 66), 180, 360), ("hat", "hat -", ROUNDED, (12, 30, 88, 37), 9),
 )

@@ -133,6 +133,46 @@ def test_which_networks_are_noisy(name, noisy):
     assert torch.equal(net.eval()(inputs), net(inputs))
 
 
+def leaky(h, slope):
+    return torch.where(h > 0, h, slope * h)
+
+
+def norm(h, layer):
+    """Layer norm over dimension 1, with the weights of the given layer."""
+    h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, unbiased=False) + 1e-3).sqrt()
+    shape = (-1,) + (1,) * (h.ndim - 2)
+    return h * layer.weight.view(shape) + layer.bias.view(shape)
+
+
+@pytest.mark.parametrize("name, slope", [("E", 0), ("D_x", 0.02)])
+def test_the_encoder_and_the_image_discriminator_layer_by_layer(name, slope):
+    nets, x, _ = tiny()
+    net = nets[name].eval()
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
+    (dense,) = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    h, kernel = x, {"E": 4, "D_x": 3}[name]
+    for i, (conv, layer) in enumerate(zip(convs, norms, strict=True)):
+        pads = kernel - (2 if i < 2 else 1)
+        h = F.pad(h, (pads // 2, pads - pads // 2) * 2)
+        h = leaky(norm(F.conv2d(h, conv.weight, conv.bias, stride=2 if i < 2 else 1), layer), slope)
+    torch.testing.assert_close(net(x), F.linear(h.flatten(1), dense.weight, dense.bias))
+
+
+def test_the_generator_layer_by_layer():
+    nets, _, z = tiny()
+    net = nets["G"]
+    h = norm(F.linear(z, net.trunk[0].weight, net.trunk[0].bias).view(4, 2, 4, 4), net.trunk[2]).relu()
+    style = norm(F.linear(z, net.style[0].weight, net.style[0].bias), net.style[1]).relu()
+    for scale, layer in zip((1, 1, 2, 2, 1, 1), net.layers, strict=True):
+        h = torch.cat([h, style[:, :, None, None].expand(4, 2, *h.shape[2:])], 1)
+        h = F.pad(h.repeat_interleave(scale, 2).repeat_interleave(scale, 3), (1, 2, 1, 2))
+        h = F.conv2d(h, layer[0][1].weight, layer[0][1].bias)
+        h = norm(h, layer[1]).relu() if len(layer) == 3 else h.tanh()
+    assert h.abs().max() > 0.9
+    torch.testing.assert_close(net(z), h)
+
+
 def test_every_layer_of_the_latent_discriminator_sees_all_before_it():
     nets, _, z = tiny()
     net = nets["D_z"].eval()
