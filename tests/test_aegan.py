@@ -409,9 +409,9 @@ def test_sample_diversity():
 
 @pytest.mark.parametrize("model", aegan.MODELS)
 def test_measure_against_numpy(model):
-    images, names, labels = draw_faces(330, 16)
-    data = Data(images[:60], images[60:], names, labels[:60], labels[60:])
     torch.manual_seed(0)
+    images = torch.randint(256, (1400, 3, 16, 16), dtype=torch.uint8)
+    data = Data(images[:1100] // 2, images[1100:], (), None, None)
     nets, z = aegan.build_networks(model, 16, 2, 5), torch.randn(20, 5)
     results = aegan.measure(nets, data, z)
     assert all(net.training for net in nets.values())
@@ -544,7 +544,7 @@ def test_killed_at_any_moment_a_run_resumes(photos, tmp_path, cli, finished):
     step = load(run)["step"]
     assert step % 2 == 0 and step >= 2
     with (run / "log.csv").open("a") as log:  # lines from after the checkpoint, the last one cut off in the middle
-        log.write(f"{step + 50},1,1,1,1,1,1,1,1,1\n{step + 5}")
+        log.write(f"{step + 50},1,1,1,1,1,1,1,1,1\n1")
     assert cli(aegan, "--resume", "--out", run, "--data", photos, "--steps", step + 3).status == 0
     assert cli(aegan, "--data", photos, *TINY, "--steps", step + 3, "--out", tmp_path / "whole").status == 0
     assert_same(load(tmp_path / "whole"), load(run))
@@ -638,6 +638,25 @@ def test_the_first_line_says_how_long_a_cpu_will_take(photos, tmp_path, cli, mon
     ]
     first, second, *_ = cli(aegan, *arguments).out.splitlines()
     assert first.startswith("step 10 ") and "3:00:00 left" in first and "--quick" in second
+
+
+def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch):
+    def spy(nets, optimizers, x, z, weights):
+        seen.append((x.shape, z.shape, weights, {name: o.param_groups[0]["lr"] for name, o in optimizers.items()}))
+        return train_step(nets, optimizers, x, z, weights)
+
+    seen, flips, vectors, train_step, draw_batch = [], [], [], aegan.train_step, aegan.draw_batch
+    monkeypatch.setattr(aegan, "train_step", spy)
+    monkeypatch.setattr(aegan, "draw_batch", lambda *args: flips.append(args[3]) or draw_batch(*args))
+    monkeypatch.setattr(aegan, "save_figures", lambda nets, data, z, *args: vectors.append(z))
+    settings = (
+        "--lr 1 --lr-discriminator 2 --lambda-ax 3 --lambda-az 4 --lambda-rx 5 --lambda-rz 6 --latent-dim 7".split()
+    )
+    for i, more in enumerate(([], ["--no-flip", "--seed", 9])):
+        cli(aegan, "--data", photos, *TINY, "--steps", 1, "--out", tmp_path / str(i), *settings, *more)
+    weights = {"x_hat": 3, "x_tilde": 3, "z_hat": 4, "z_tilde": 4, "r_x": 5, "r_z": 6}
+    assert seen == [((4, 3, 16, 16), (4, 7), weights, {"D_x": 2, "D_z": 2, "G_E": 1})] * 2 and flips == [True, False]
+    assert all(torch.equal(z, vectors[0]) for z in vectors) and len(vectors) == 4  # the same vectors whatever the seed
 
 
 def test_quick_sets_what_its_help_says(cli, monkeypatch):
