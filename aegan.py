@@ -16,9 +16,9 @@ give back every training image, cannot collapse to a few.
 
 paper -> code
     Figure 2   the four networks                    Generator, Encoder, ImageDiscriminator, LatentDiscriminator
-    Eq. 2-5    adversarial losses                   discriminator_loss (for D_x, D_z), generator_loss (for G, E)
+    Eq. 1-5    adversarial losses                   discriminator_loss (for D_x, D_z), generator_loss (for G, E)
     Eq. 6      reconstruction losses                image_reconstruction_loss, latent_reconstruction_loss
-    Eq. 7      the whole objective                  total_loss; all_losses puts it together, train_step minimises it
+    Eq. 7      the whole objective                  total_loss (for G, E); all in all_losses, minimised by train_step
     Section 4  the baselines GAN and AAE            --model gan, --model aae; MODELS
     Figure 1   interpolation between real images    save_interpolations
     Figure 3   GAN and AEGAN, the same 100 vectors  save_samples
@@ -26,13 +26,13 @@ paper -> code
     Sec. 4.1   "total mode collapse" of the GAN     sample_diversity
 
 Rulings, where the paper is silent, or its text and the author's published code part
-    - The paper names no architecture and no weights; what cites no section here is from that code.
+    - The paper names no architecture and no weights; numbers that cite no section are from that code, or Adam's usual.
     - G and E minimise -log D(fake), not log(1 - D(fake)), and only the discriminators' labels are smoothed, as there.
     - The norms of Eq. 6 are means: absolute error over pixels, squared error over latent dimensions, as there.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
     - There, D_x and D_z are updated four times, a kind of batch each, then G and E four times. Here a step draws one x
-      and one z and updates every network once with all its terms: the same ratio, one forward pass.
-    - All networks but G add noise there; D_x has layer norm like E; dense layers start as Keras's do (Glorot, no bias).
+      and one z and updates every network once with all its terms: in the same ratio, from one forward pass.
+    - D_x has layer norm as E has; dense layers start as Keras's do (Glorot's weights, zero biases).
     - The AAE is that of Makhzani et al., which the paper cites: Eq. 4 and the image term of Eq. 6.
     - Batches are drawn with replacement; each image is mirrored with probability 1/2, for the paper's mirrored copies.
     - Other image sizes keep six layers and the 4x4 bottleneck; the number of layers that resize varies.
@@ -86,14 +86,14 @@ class AddNoise(nn.Module):
     """In training, x + 0.01 n with n ~ N(0, I)."""
 
     def forward(self, x):
-        return x + torch.empty(x.shape, device=x.device).normal_(0, INPUT_NOISE) if self.training else x
+        return x + torch.normal(0, INPUT_NOISE, x.shape, device=x.device) if self.training else x
 
 
 class MultiplyNoise(nn.Module):
     """In training, x (1 + 0.07 n) with n ~ N(0, I)."""
 
     def forward(self, x):
-        return x * torch.empty(x.shape, device=x.device).normal_(1, LAYER_NOISE) if self.training else x
+        return x * torch.normal(1, LAYER_NOISE, x.shape, device=x.device) if self.training else x
 
 
 def same_conv(c_in, c_out, kernel, stride=1):
@@ -189,8 +189,8 @@ def build_networks(model, image_size, channels, latent_dim):
 def discriminator_loss(d_real, d_fake):
     """Eq. 2 to 5 as D minimises them: -E[log D(real)] - E[log(1 - D(fake))], with labels 0.95 and 0.05 for 1 and 0.
 
-    d_real, d_fake: D's logits [N, 1]; in Eq. 2 D_x of x and x_hat, in Eq. 3 D_x of x and x_tilde, in Eq. 4 D_z of z and
-    z_hat, in Eq. 5 D_z of z and z_tilde.
+    d_real, d_fake: D's logits [N, 1]; in Eq. 1 and 2 D_x of x and x_hat, in Eq. 3 D_x of x and x_tilde, in Eq. 4 D_z of
+    z and z_hat, in Eq. 5 D_z of z and z_tilde.
     """
     real = F.binary_cross_entropy_with_logits(d_real, torch.full_like(d_real, REAL))
     return real + F.binary_cross_entropy_with_logits(d_fake, torch.full_like(d_fake, FAKE))
@@ -228,23 +228,21 @@ def all_losses(nets, x, z, weights):
 
     `D_x`, `D_z` and `G_E` are for the networks of that name to minimise; the other names are the terms of `G_E`.
     """
-    G, E, D_x, D_z = (nets[name] if name in nets else None for name in ("G", "E", "D_x", "D_z"))
+    G, E = nets["G"], nets["E"] if "E" in nets else None
     losses, terms, x_fakes, z_fakes = {}, {}, {}, {}
-    if D_x:
+    if "D_x" in nets:
         x_fakes["x_hat"] = G(z)
     if E:
         z_fakes["z_hat"] = E(x)
         x_fakes["x_tilde"] = G(z_fakes["z_hat"])
         terms["r_x"] = image_reconstruction_loss(x_fakes["x_tilde"], x)
-    if E and D_x:
+    if E and "D_x" in nets:
         z_fakes["z_tilde"] = E(x_fakes["x_hat"])
         terms["r_z"] = latent_reconstruction_loss(z_fakes["z_tilde"], z)
-    if D_x:
-        losses["D_x"], adversarial = adversarial_losses(D_x, x, x_fakes)  # Eq. 2, Eq. 3
-        terms |= adversarial
-    if D_z:
-        losses["D_z"], adversarial = adversarial_losses(D_z, z, z_fakes)  # Eq. 4, Eq. 5
-        terms |= adversarial
+    for name, real, fakes in (("D_x", x, x_fakes), ("D_z", z, z_fakes)):  # Eq. 2 and 3, Eq. 4 and 5
+        if name in nets:
+            losses[name], adversarial = adversarial_losses(nets[name], real, fakes)
+            terms |= adversarial
     return {**losses, "G_E": total_loss(terms, weights), **terms}
 
 
@@ -253,12 +251,14 @@ def all_losses(nets, x, z, weights):
 
 def build_optimizers(nets, lr, lr_discriminator):
     """One Adam for each loss that is minimised, by the loss's name: G and E share one, D_x and D_z have their own."""
-    losses = {"D_x": (["D_x"], lr_discriminator), "D_z": (["D_z"], lr_discriminator), "G_E": (["G", "E"], lr)}
+    players = {"D_x": ("D_x",), "D_z": ("D_z",), "G_E": ("G", "E")}
     optimizers = {}
-    for loss, (names, rate) in losses.items():
+    for loss, names in players.items():
         parameters = [p for name in names if name in nets for p in nets[name].parameters()]
         if parameters:
-            optimizers[loss] = torch.optim.Adam(parameters, rate, BETAS, fused=True)
+            optimizers[loss] = torch.optim.Adam(
+                parameters, lr if loss == "G_E" else lr_discriminator, BETAS, fused=True
+            )
     return optimizers
 
 
@@ -408,14 +408,17 @@ def parse_args(argv):
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        minimum = {int: 1, float: 0}.get(type(value))
-        if name != "seed" and minimum is not None and not minimum <= value < math.inf:
+        minimum = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
+        if minimum is not None and not minimum <= value < 2**63:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
+    free = ("data", "log_every", "save_every") if args.eval else ("data", "log_every", "save_every", "steps")
     for name, value in checkpoint["config"].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in ("data", "steps", "log_every", "save_every"):
+        if getattr(args, name) != value and name not in free:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
+    if checkpoint and not args.eval and args.steps < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     return args, checkpoint
@@ -434,15 +437,6 @@ def load_checkpoint(path):
     fail(f"{path} is not a checkpoint of aegan.py: give another --out")
 
 
-def open_log(path, step):
-    """log.csv, open to append to, without lines from after the given step of a run that was stopped."""
-    path.touch()
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if step and line.endswith(b"\n")]
-    kept = [line for line in lines if line.startswith(b"step") or int(line.split(b",")[0]) <= step]
-    os.truncate(path, sum(map(len, kept)))
-    return path.open("a", buffering=1)
-
-
 def train(args, nets, optimizers, data, z, run):
     """The training loop, from run["step"] to args.steps. z: latents [N, Z] of the pictures."""
     out, images = Path(args.out), data.train.to(args.device)
@@ -451,39 +445,41 @@ def train(args, nets, optimizers, data, z, run):
 
     def save():
         state = {"networks": nets.state_dict(), "optimizers": {k: v.state_dict() for k, v in optimizers.items()}}
-        state |= {"random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}
+        state["random"] = {"cpu": torch.get_rng_state()}
+        if z.is_cuda:
+            state["random"]["cuda"] = torch.cuda.get_rng_state(z.device)
         torch.save({"script": "aegan", **run, **state}, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # which so is always whole
+        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # so it is always whole
 
     if run["step"] == 0:
         save()
-    log, stops = open_log(out / "log.csv", run["step"]), []
+    log, stops = (out / "log.csv").open("a", buffering=1), []
+    log.truncate(run["log_size"])  # without what a stopped run wrote after its last checkpoint
     signal.signal(signal.SIGINT, lambda *_: stops.append(True))  # Ctrl-C ends the loop after the step under way
     step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
     while step < args.steps and not stop:
         x, z_batch = draw_batch(images, args.batch_size, args.latent_dim, not args.no_flip)
         losses = train_step(nets, optimizers, x, z_batch, weights)
         step, stop = step + 1, bool(stops)
-        log_due, save_due = step == 10 or step % args.log_every == 0, step % args.save_every == 0
-        if not (log_due or save_due or stop or step == args.steps):
+        save_due = step % args.save_every == 0 or step == args.steps or stop
+        if not (save_due or step % args.log_every == 0 or step == 10):
             continue
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
         seconds = time.perf_counter() - last_time
-        run |= {"step": step, "seconds": run["seconds"] + seconds}
         broken = [f"loss {name}" for name, value in values.items() if not math.isfinite(value)]
         broken += [f"weight {name}" for name, weight in nets.named_parameters() if not weight.isfinite().all()]
         if broken:
-            fail(f"step {step}: {broken[0]} is not finite; {out}/checkpoint.pt holds the last good step")
-        if log_due:
-            left = timedelta(seconds=round((args.steps - step) * seconds / (step - last_step)))
-            terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-            print(f"step {step}  {terms}  {(step - last_step) / seconds:.1f} steps/s  {left} left", flush=True)
-            if step == 10 and left > timedelta(hours=1) and args.device == "cpu":
-                print("This is long for a CPU: --quick takes three minutes", flush=True)
-            if log.tell() == 0:
-                print("step", *values, sep=",", file=log)
-            print(step, *values.values(), sep=",", file=log)
-        if save_due or stop or step == args.steps:
+            fail(f"{broken[0]} is not finite by step {step}; {out}/checkpoint.pt holds the last good step")
+        left = timedelta(seconds=round((args.steps - step) * seconds / (step - last_step)))
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"step {step}  {terms}  {(step - last_step) / seconds:.1f} steps/s  {left} left", flush=True)
+        if step == 10 and left > timedelta(hours=1) and args.device == "cpu":
+            print("This is long for a CPU: --quick takes three minutes", flush=True)
+        if log.tell() == 0:
+            print("step", *values, sep=",", file=log)
+        print(step, *values.values(), sep=",", file=log)
+        run |= {"step": step, "seconds": run["seconds"] + seconds, "log_size": log.tell()}
+        if save_due:
             save_figures(nets, data, z, out, step)
             save()
         last_step, last_time = step, time.perf_counter()
@@ -506,26 +502,26 @@ def main(argv=None):
     fingerprint = zlib.crc32(data.heldout.numpy(), zlib.crc32(data.train.numpy()))
     if checkpoint and checkpoint["fingerprint"] != fingerprint:
         fail(f"{args.data} does not hold the images that {out} was made with: give the same --data, or another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out} cannot be made: {error.strerror}")
 
     torch.manual_seed(args.seed)
     nets = build_networks(args.model, args.image_size, args.channels, args.latent_dim).to(device)
     optimizers = build_optimizers(nets, args.lr, args.lr_discriminator)
-    z = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )  # the same in every run
+    z = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0))  # the same in every run
+    z = z.to(device)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "eval", "device")}
-    run = {"step": 0, "seconds": 0.0, "fingerprint": fingerprint, "config": config}
+    run = {"step": 0, "seconds": 0.0, "log_size": 0, "fingerprint": fingerprint, "config": config}
     if checkpoint:
-        run |= {"step": checkpoint["step"], "seconds": checkpoint["seconds"]}
+        run |= {name: checkpoint[name] for name in ("step", "seconds", "log_size")}
         nets.load_state_dict(checkpoint["networks"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-        torch.set_rng_state(checkpoint["random"])
-        torch.cuda.set_rng_state_all(checkpoint["cuda_random"])
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if z.is_cuda and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out} cannot be made: {error.strerror}")
     if not args.eval:
         train(args, nets, optimizers, data, z, run)
 
@@ -536,7 +532,7 @@ def main(argv=None):
     for name, value in results.items():
         if isinstance(value, float):
             print(f"{name:26}{value:10.3f}")
-    print(f"Figures 1, 3, 4 and results.json are in {out}/")
+    print(f"The figures and results.json are in {out}/")
 
 
 if __name__ == "__main__":
