@@ -65,7 +65,7 @@ INPUT_NOISE = 0.01  # standard deviation of the noise added to the inputs of E, 
 LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # and of the factor after each of their layers: Keras's rate of 0.005
 BETAS = (0.5, 0.999)
 CLIP_NORM = 1.0  # of each parameter's gradient
-QUICK = {"image_size": 16, "channels": 16, "steps": 1200, "save_every": 300}
+QUICK = {"image_size": 16, "channels": 16, "steps": 1100, "save_every": 300}
 QUICK |= {"lr": 5e-4, "lambda_ax": 0.05, "lambda_az": 0.05, "lambda_rz": 0.5}
 
 
@@ -251,14 +251,11 @@ def all_losses(nets, x, z, weights):
 
 def build_optimizers(nets, lr, lr_discriminator):
     """One Adam for each loss that is minimised, by the loss's name: G and E share one, D_x and D_z have their own."""
-    players = {"D_x": ("D_x",), "D_z": ("D_z",), "G_E": ("G", "E")}
     optimizers = {}
-    for loss, names in players.items():
-        parameters = [p for name in names if name in nets for p in nets[name].parameters()]
+    for loss, names, rate in (("D_x", "D_x", lr_discriminator), ("D_z", "D_z", lr_discriminator), ("G_E", "G E", lr)):
+        parameters = [p for name in names.split() if name in nets for p in nets[name].parameters()]
         if parameters:
-            optimizers[loss] = torch.optim.Adam(
-                parameters, lr if loss == "G_E" else lr_discriminator, BETAS, fused=True
-            )
+            optimizers[loss] = torch.optim.Adam(parameters, rate, BETAS, fused=True)
     return optimizers
 
 
@@ -454,6 +451,7 @@ def train(args, nets, optimizers, data, z, run):
     if run["step"] == 0:
         save()
     log, stops = (out / "log.csv").open("a", buffering=1), []
+    run["log_size"] = min(run["log_size"], log.tell())
     log.truncate(run["log_size"])  # without what a stopped run wrote after its last checkpoint
     signal.signal(signal.SIGINT, lambda *_: stops.append(True))  # Ctrl-C ends the loop after the step under way
     step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
@@ -475,7 +473,7 @@ def train(args, nets, optimizers, data, z, run):
         print(f"step {step}  {terms}  {(step - last_step) / seconds:.1f} steps/s  {left} left", flush=True)
         if step == 10 and left > timedelta(hours=1) and args.device == "cpu":
             print("This is long for a CPU: --quick takes three minutes", flush=True)
-        if log.tell() == 0:
+        if run["log_size"] == 0:
             print("step", *values, sep=",", file=log)
         print(step, *values.values(), sep=",", file=log)
         run |= {"step": step, "seconds": run["seconds"] + seconds, "log_size": log.tell()}

@@ -568,6 +568,18 @@ def test_a_run_killed_while_it_saves_keeps_the_checkpoint_before(photos, tmp_pat
     assert_same(load(finished), load(run))
 
 
+def test_a_log_that_is_lost_or_left_over_begins_with_its_header(photos, tmp_path, cli, finished):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.csv").write_text("left over from a run that was killed before its first checkpoint")
+    cli(aegan, "--data", photos, *TINY, "--steps", 4, "--out", run)
+    assert (finished / "log.csv").read_bytes().startswith((run / "log.csv").read_bytes())
+    (run / "log.csv").unlink()
+    cli(aegan, "--resume", "--out", run, "--steps", 6, "--device", "cpu")
+    header, rows = log_of(run)
+    assert header[0] == "step" and [row[0] for row in rows] == ["5", "6"]
+
+
 def test_ctrl_c_saves_and_leaves(photos, tmp_path, cli, finished, monkeypatch):
     def step_then_ctrl_c(*args):
         counts.append(1)
