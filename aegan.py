@@ -10,9 +10,9 @@ x_hat = G(z) and z_hat = E(x), and with what they make of each other's output, x
 and the latter two must be the x and z they began with. So G and E become each other's inverse, and G, which has to
 give back every training image, cannot collapse to a few.
 
-    python aegan.py --quick                       # cartoon faces within three minutes on two CPU cores
-    python aegan.py --data photos/                # the paper's set-up on a folder of images
-    python aegan.py --model gan --out runs/gan    # the paper's baseline: the same G and D_x alone
+    python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
+    python aegan.py --data photos/ --out runs/photos    # the paper's set-up on a folder of images
+    python aegan.py --model gan --out runs/gan          # the paper's baseline: the same G and D_x alone
 
 paper -> code
     Figure 2   the four networks                    Generator, Encoder, ImageDiscriminator, LatentDiscriminator
