@@ -441,12 +441,13 @@ def train(args, nets, optimizers, data, z, run):
     weights |= {"r_x": args.lambda_rx, "r_z": args.lambda_rz}
 
     def save():
+        """Write a temporary file and rename it, so that checkpoint.pt is always whole."""
         state = {"networks": nets.state_dict(), "optimizers": {k: v.state_dict() for k, v in optimizers.items()}}
         state["random"] = {"cpu": torch.get_rng_state()}
         if z.is_cuda:
             state["random"]["cuda"] = torch.cuda.get_rng_state(z.device)
         torch.save({"script": "aegan", **run, **state}, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # so it is always whole
+        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
     if run["step"] == 0:
         save()
