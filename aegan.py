@@ -226,7 +226,8 @@ def adversarial_losses(D, real, fakes):
 def all_losses(nets, x, z, weights):
     """The losses of one forward pass: images x [N, 3, S, S] in [-1, 1] and latents z [N, Z] -> {name: scalar}.
 
-    `D_x`, `D_z` and `G_E` are for the networks of that name to minimise; the other names are the terms of `G_E`.
+    `D_x`, `D_z` and `G_E` are for the networks of that name to minimise; the other names are the terms of `G_E`, whose
+    weights are {name: number}: the paper's are 1 for x_hat, x_tilde, z_hat, z_tilde, 10 for r_x and 5 for r_z.
     """
     G, E = nets["G"], nets["E"] if "E" in nets else None
     losses, terms, x_fakes, z_fakes = {}, {}, {}, {}
@@ -367,6 +368,7 @@ def parse_args(argv):
         description="Autoencoding generative adversarial networks (Lazarou 2020). Defaults are the paper's (Section 4) "
         "and, where it names none, those of the author's published code.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.error = fail
     add = parser.add_argument
@@ -374,7 +376,7 @@ def parse_args(argv):
     add("--model", choices=MODELS, default="aegan", help="the paper's model, or a baseline (Section 4)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
     add("--out", default="runs/aegan", help="folder for pictures, log.csv, results.json, checkpoint.pt")
-    add("--resume", action="store_true", help="continue the run in --out; with a larger --steps, further")
+    add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
     add("--eval", action="store_true", help="no training: figures and results of the run in --out")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
@@ -382,7 +384,7 @@ def parse_args(argv):
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 4)")
     add("--latent-dim", type=int, default=32, help="dimensions Z of the latents (Section 4)")
     add("--no-flip", action="store_true", help="do not add mirror images (Section 4)")
-    add("--channels", type=int, default=64, help="unit of the layers' widths, which are 1, 2 or 4 of it")
+    add("--channels", type=int, default=64, help="width of the narrowest layers; others are 2 or 4 times as wide")
     add("--lr", type=float, default=2e-4, help="learning rate of G and E")
     add("--lr-discriminator", type=float, default=5e-4, help="learning rate of D_x and D_z")
     add("--lambda-ax", type=float, default=1.0, help="weight of Eq. 2 and 3 for G and E")
@@ -407,7 +409,7 @@ def parse_args(argv):
     for name, value in vars(args).items():
         minimum = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
         if minimum is not None and not minimum <= value < 2**63:
-            fail(f"--{name.replace('_', '-')} cannot be {value}")
+            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {minimum}")
     free = ("data", "log_every", "save_every") if args.eval else ("data", "log_every", "save_every", "steps")
     for name, value in checkpoint["config"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in free:
@@ -424,7 +426,7 @@ def parse_args(argv):
 def load_checkpoint(path):
     """The checkpoint that train() saved, on the CPU."""
     if not path.is_file():
-        fail(f"{path} does not exist: start the run without --resume and --eval")
+        fail(f"{path} does not exist: give the --out of a run, or leave out --resume and --eval")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] == "aegan":
@@ -521,6 +523,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {out} cannot be made: {error.strerror}")
+    print(f"{args.model} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
     if not args.eval:
         train(args, nets, optimizers, data, z, run)
 
@@ -535,4 +538,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+        sys.exit(130)

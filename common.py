@@ -113,8 +113,8 @@ def _load_folder(folder, size, seed):
 
 
 def _read_attributes(folder):
-    """CelebA's list_attr_celeba.txt or an attributes.csv, in the folder or beside it: names, {file name: values}."""
-    files = [place / name for place in (folder, folder.parent) for name in ("list_attr_celeba.txt", "attributes.csv")]
+    """attributes.csv in the folder, or CelebA's list_attr_celeba.txt in or beside it: names, {file name: values}."""
+    files = [folder / "attributes.csv", folder / "list_attr_celeba.txt", folder.parent / "list_attr_celeba.txt"]
     for path in filter(Path.is_file, files):
         lines = [line for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
         if path.suffix == ".csv":
@@ -132,7 +132,7 @@ def _load_torchvision(dataset, size, seed, root):
     try:
         source = dataset(root, download=True)
     except (OSError, RuntimeError) as error:
-        reason = f"{dataset.__name__} cannot be downloaded to {root}/ ({str(error).splitlines()[0]})"
+        reason = f"{dataset.__name__} cannot be downloaded to {root}/ ({str(error).splitlines()[0].rstrip(':')})"
         raise DataError(f"{reason}: put its files there, or give a folder of images") from error
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(source)))
     images = torch.as_tensor(source.data)[order]  # CIFAR-10 [M, 32, 32, 3], MNIST [M, 28, 28]
@@ -176,6 +176,8 @@ def draw_faces(count, size, seed=0):
         image, parts = draw_face(random.Random(f"{seed} {i}"), size)
         images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         labels[i] = torch.tensor([name in parts for name in FACE_ATTRIBUTES])
+        if (i + 1) % 1000 == 0:
+            print(f"\rdrew {i + 1} of {count} faces", end="\n" * (i + 1 == count), file=sys.stderr, flush=True)
     return images, FACE_ATTRIBUTES, labels
 
 

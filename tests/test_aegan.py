@@ -491,7 +491,7 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
     header, rows = log_of(folder)
     assert header == ["step", "D_x", "D_z", "G_E", "r_x", "r_z", "x_hat", "x_tilde", "z_hat", "z_tilde"]
     assert [row[0] for row in rows] == list("12345") and all(math.isfinite(float(v)) for row in rows for v in row)
-    assert "step 5  D_x" in out and "steps/s" in out and "left" in out
+    assert out.startswith("aegan on 27 images of ") and "step 5  D_x" in out and "steps/s" in out and "left" in out
 
 
 @pytest.mark.parametrize("model", ["gan", "aae"])
@@ -648,7 +648,7 @@ def test_the_first_line_says_how_long_a_cpu_will_take(photos, tmp_path, cli, mon
         "--out",
         tmp_path / "run",
     ]
-    first, second, *_ = cli(aegan, *arguments).out.splitlines()
+    _, first, second, *_ = cli(aegan, *arguments).out.splitlines()
     assert first.startswith("step 10 ") and "3:00:00 left" in first and "--quick" in second
 
 
@@ -692,15 +692,15 @@ def test_quick_sets_what_its_help_says(cli, monkeypatch):
         (["--data", "PHOTOS", "--batch-size", 28], ["27 images", "--batch-size 28"]),
         (["--image-size", 48], ["--image-size", "48", "64"]),
         (["--model", "vae"], ["--model", "vae", "aegan"]),
-        (["--stpes", 5], ["--stpes"]),
-        (["--steps", 0], ["--steps", "0"]),
+        (["--step", 5], ["--step"]),
+        (["--steps", 0], ["--steps", "0", "at least 1"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--lr", -1], ["--lr", "-1"]),
         (["--lambda-rx", "nan"], ["--lambda-rx", "nan"]),
         (["--seed", 2**70], ["--seed"]),
         (["--device", "abacus"], ["--device abacus"]),
         (["--device", "meta"], ["--device meta"]),
-        (["--resume"], ["checkpoint.pt", "without --resume"]),
+        (["--resume"], ["checkpoint.pt", "leave out --resume"]),
         (["--eval"], ["checkpoint.pt", "--eval"]),
         (["--data", "PHOTOS", "--out", "file"], ["--out file"]),
         (["--resume", "--out", "other"], ["other", "not a checkpoint of aegan.py"]),

@@ -160,7 +160,6 @@ def test_attributes_csv(labelled, place):
     rows = [f"{i}.png,{i % 2},{int(i > 9)}" for i in range(25)]
     (labelled / place / "attributes.csv").write_text("\n".join(["\ufefffile,odd,large", *rows, ""]), "utf-8")
     assert_labels_belong_to_their_images(load_data(str(labelled / place), 8))
-    assert_labels_belong_to_their_images(load_data(str(labelled / "images"), 8))  # in the folder or beside it
 
 
 def test_celeba_attributes(labelled):
