@@ -1,0 +1,916 @@
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import time
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import TINY, assert_refused, assert_same, files, load, start
+from PIL import Image
+from torch import nn
+
+import bigan_latent
+from common import Data, draw_faces, to_float
+
+SMALL = [*TINY, "--unroll", 1]
+WEIGHTS = {"L_GAN": 1.0, "L_AD": 2.5, "L_AE": 0.7, "L_H": 0.0}
+
+
+def tiny(seed=0, **options):
+    """Small networks in float64 with weights that let every gradient be seen, D's optimizer, and a batch x, z."""
+    torch.manual_seed(seed)
+    nets = bigan_latent.build_networks(**{"image_size": 16, "channels": 2, "latent_dim": 5, **options}).double()
+    for name in ("G", "E", "D"):
+        for parameter in nets[name].parameters():
+            nn.init.normal_(parameter, std=0.3)
+    optimizers = bigan_latent.build_optimizers(nets, 2e-2)
+    return nets, optimizers, torch.rand(4, 3, 16, 16).double() * 2 - 1, torch.rand(4, 5).double() * 2 - 1
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def huber(t):
+    return 0.05 * (np.sqrt(1 + (t / 0.05) ** 2) - 1)
+
+
+@pytest.fixture(scope="module")
+def alexnet_file(tmp_path_factory):
+    """A file like torchvision's of AlexNet's weights, but with random ones."""
+    torch.manual_seed(0)
+    weights = torchvision.models.alexnet().features.state_dict()
+    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    torch.save({"classifier.1.bias": torch.zeros(3)} | {f"features.{k}": w for k, w in weights.items()}, path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("size", bigan_latent.IMAGE_SIZES)
+def test_shapes_and_ranges(size, stochastic):
+    nets = bigan_latent.build_networks(size, 2, 7, stochastic)
+    x, z = torch.randn(3, 3, size, size), torch.randn(3, 7)
+    assert nets["G"](z).shape == (3, 3, size, size) and nets["G"](100 * z).abs().max() <= 1
+    assert nets["E"](x).shape == (3, 7) and nets["D"](x, z).shape == (3, 1) and set(nets) == {"G", "E", "D"}
+
+
+def test_weights_of_the_paper_s_sizes_counted_by_hand():
+    convs = 4 * 4 * (64 * 128 + 128 * 256 + 256 * 512) + 2 * (128 + 256 + 512) + (3 * 64 * 16 + 64)
+    g = 100 * 512 * 16 + 2 * (512 + 256 + 128 + 64) + 16 * (512 * 256 + 256 * 128 + 128 * 64) + (64 * 3 * 16 + 3)
+    e = convs + (512 * 16 * 100 + 100)
+    d = convs + (100 * 512 + 512) + ((512 * 16 + 512) * 1024 + 1024) + (1024 + 1)
+    nets = bigan_latent.build_networks(64, 64, 100)
+    assert {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()} == {"G": g, "E": e, "D": d}
+    stochastic = bigan_latent.build_networks(64, 64, 100, stochastic=True)["E"]
+    assert sum(p.numel() for p in stochastic.parameters()) == e + 512 * 16 * 100 + 100
+
+
+def leaky(h):
+    return torch.where(h > 0, h, 0.2 * h)
+
+
+def batch_norm(h, layer):
+    """Batch norm by the statistics of h, with the weights of the given layer."""
+    h = (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+    return h * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+
+def conv_stack(layers, x):
+    """conv, leaky ReLU, then conv, batch norm, leaky ReLU until 4x4, from the weights of the given layers."""
+    convs = [m for m in layers if isinstance(m, nn.Conv2d)]
+    norms = [None] + [m for m in layers if isinstance(m, nn.BatchNorm2d)]
+    for conv, norm in zip(convs, norms, strict=True):
+        x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
+        x = leaky(batch_norm(x, norm) if norm else x)
+    assert x.shape[2:] == (4, 4)
+    return x.flatten(1)
+
+
+def test_the_generator_layer_by_layer():
+    torch.manual_seed(0)
+    net, z = bigan_latent.Generator(32, 2, 5).double(), torch.randn(4, 5).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    dense, *convs = [m for m in net if isinstance(m, nn.Linear | nn.ConvTranspose2d)]
+    norms = [m for m in net if isinstance(m, nn.BatchNorm2d)]
+    h = (z @ dense.weight.T).view(4, 8, 4, 4)
+    for conv, norm in zip(convs, norms, strict=True):
+        h = F.conv_transpose2d(batch_norm(h, norm).relu(), conv.weight, conv.bias, stride=2, padding=1)
+    assert len(convs) == 3 and h.abs().max() > 0.9
+    torch.testing.assert_close(net(z), h.tanh())
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_the_encoder_layer_by_layer(size):
+    nets, _, _, _ = tiny(image_size=size)
+    net, x = nets["E"], torch.randn(4, 3, size, size).double()
+    expected = F.linear(conv_stack(net.layers[0], x), net.layers[1].weight, net.layers[1].bias)
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_the_stochastic_encoder_is_a_gaussian_in_training_and_its_mean_otherwise():
+    nets, _, x, _ = tiny(stochastic=True)
+    net, x = nets["E"], x[:1].expand(2000, -1, -1, -1)
+    net.layers.eval()
+    mean, log_variance = net.layers(x[:1]).chunk(2, dim=1)
+    sampled = net(x)
+    torch.testing.assert_close(sampled.mean(0), mean[0], atol=0.1, rtol=0.05)
+    torch.testing.assert_close(sampled.std(0), (log_variance[0] / 2).exp(), atol=0, rtol=0.1)
+    assert torch.equal(net.eval()(x[:4]), mean.expand(4, -1)) or torch.allclose(net(x[:4]), mean.expand(4, -1))
+    gradients = torch.autograd.grad(sampled.std(), list(net.layers[1].parameters()))
+    assert all(g[5:].abs().max() > 0 for g in gradients)  # through the reparameterisation
+
+
+def test_the_discriminator_layer_by_layer():
+    nets, _, x, z = tiny()
+    net = nets["D"]
+    net.of_both.eval()  # without dropout
+    h_z = leaky(F.linear(z, net.of_z[0].weight, net.of_z[0].bias))
+    h = torch.cat([conv_stack(net.of_x, x), h_z], 1)
+    h = leaky(F.linear(h, net.of_both[0].weight, net.of_both[0].bias))
+    torch.testing.assert_close(net(x, z), F.linear(h, net.of_both[3].weight, net.of_both[3].bias))
+
+
+def test_batch_norm_dropout_and_initial_weights_are_the_paper_s():
+    nets = bigan_latent.build_networks(64, 16, 100)
+    norms = [m for m in nets.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 4 + 3 + 3
+    norm, x = norms[0], 7 + torch.randn(50, norms[0].num_features, 4, 4)
+    norm(x)
+    torch.testing.assert_close(norm.running_mean, 0.03 * x.mean((0, 2, 3)))
+    assert all(m.momentum == norm.momentum for m in norms)
+    (drop,) = [m for m in nets.modules() if isinstance(m, nn.Dropout)]
+    assert (drop(torch.ones(100_000)) == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert drop in list(nets["D"].modules())
+    weighty = [m for m in nets.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
+    assert all(m.weight.std().item() == pytest.approx(0.02, rel=0.1) for m in weighty)
+    assert all((m.bias == 0).all() for m in weighty if m.bias is not None)
+
+
+def test_features_are_alexnet_s_pool5_of_length_1(alexnet_file):
+    net = bigan_latent.Features()
+    bigan_latent.load_alexnet(net, alexnet_file)
+    alexnet = torchvision.models.alexnet().features
+    weights = torch.load(alexnet_file, weights_only=True)
+    alexnet.load_state_dict({k[9:]: w for k, w in weights.items() if k.startswith("features")})
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    preprocess = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.transforms()
+    image = F.interpolate((x + 1) / 2, (224, 224), mode="bilinear")
+    image = torch.stack([(c - m) / s for c, m, s in zip(image.unbind(1), preprocess.mean, preprocess.std)], 1)
+    pool5 = alexnet(image).flatten(1)
+    h = net(x)
+    assert h.shape == (2, 9216)
+    torch.testing.assert_close(h, pool5 / pool5.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(h.norm(dim=1), torch.ones(2))
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def test_discriminator_loss_eq_1_to_3():
+    d_q, d_p = torch.randn(6, 1).double(), torch.randn(6, 1).double()
+    p, q = sigmoid(d_q.numpy()), sigmoid(d_p.numpy())
+    expected = -np.mean(0.9 * np.log(p) + 0.1 * np.log(1 - p)) - np.mean(np.log(1 - q))
+    assert bigan_latent.discriminator_loss(d_q, d_p).item() == pytest.approx(expected)
+    torch.autograd.gradcheck(bigan_latent.discriminator_loss, (d_q.requires_grad_(), d_p.requires_grad_()))
+    best = [bigan_latent.discriminator_loss(torch.tensor(math.log(9) + d), torch.tensor(-50.0)) for d in (-0.1, 0, 0.1)]
+    assert best[1] == min(best)  # D answers 0.9 to real pairs, and 0 to fake ones
+
+
+def test_generator_loss_eq_1_to_3():
+    d_q, d_p = torch.randn(6, 1).double(), torch.randn(6, 1).double()
+    expected = -np.mean(np.log(1 - sigmoid(d_q.numpy()))) - np.mean(np.log(sigmoid(d_p.numpy())))
+    assert bigan_latent.generator_loss(d_q, d_p).item() == pytest.approx(expected)
+    torch.autograd.gradcheck(bigan_latent.generator_loss, (d_q.requires_grad_(), d_p.requires_grad_()))
+    at_q, at_p = torch.autograd.grad(bigan_latent.generator_loss(d_q, d_p), (d_q, d_p))
+    assert (at_q > 0).all() and (at_p < 0).all()  # E wants D to say "p", G wants it to say "q"
+
+
+def test_pseudo_huber_figure_4():
+    t = torch.linspace(-2, 2, 41).double().requires_grad_()
+    np.testing.assert_allclose(bigan_latent.pseudo_huber(t).detach(), huber(t.detach().numpy()))
+    torch.autograd.gradcheck(bigan_latent.pseudo_huber, t)
+    small, large = torch.tensor([1e-3, 10.0], dtype=torch.double)
+    assert bigan_latent.pseudo_huber(small).item() == pytest.approx(1e-6 / (2 * 0.05), rel=1e-3)
+    assert bigan_latent.pseudo_huber(large).item() == pytest.approx(10 - 0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "loss, shape",
+    [
+        (bigan_latent.autoencoder_loss, (2, 3, 4, 4)),  # Eq. 4
+        (bigan_latent.autodecoder_loss, (4, 5)),  # Eq. 6
+        (bigan_latent.autodecoder_loss_q, (4, 5)),  # Eq. 7
+    ],
+)
+def test_penalties_of_each_coordinate_eq_4_6_7(loss, shape):
+    a, b = torch.randn(shape).double(), torch.randn(shape).double()
+    assert loss(a, b).item() == pytest.approx(huber(a.numpy() - b.numpy()).mean())
+    assert loss(a, a) == 0 and loss(a, b) > 0
+    torch.autograd.gradcheck(loss, (a.requires_grad_(), b.requires_grad_()))
+
+
+def test_feature_loss_of_the_norm_eq_5():
+    a, b = torch.randn(4, 7).double(), torch.randn(4, 7).double()
+    expected = huber(np.sqrt(((a - b).numpy() ** 2).sum(1))).mean()
+    assert bigan_latent.feature_loss(a, b).item() == pytest.approx(expected)
+    torch.autograd.gradcheck(bigan_latent.feature_loss, (a.requires_grad_(), b))
+    (gradient,) = torch.autograd.grad(bigan_latent.feature_loss(a, a.detach()), a)
+    assert bigan_latent.feature_loss(a, a) == 0 and torch.equal(gradient, 0 * gradient)
+
+
+def test_total_loss_eq_8():
+    weights = {**WEIGHTS, "L_H": 0.3}
+    terms = {name: torch.rand((), dtype=torch.double, requires_grad=True) for name in weights}
+    loss = bigan_latent.total_loss(terms, weights)
+    assert loss.item() == pytest.approx(sum(weights[name] * terms[name].item() for name in weights))
+    gradients = torch.autograd.grad(loss, list(terms.values()))
+    assert {name: g.item() for name, g in zip(terms, gradients)} == weights
+
+
+def test_table_1():
+    rows = [tuple(row.values()) for row in bigan_latent.EXPERIMENTS.values()]
+    assert rows == [(a, b, c) for a in (0.05, 1, 2.5) for b, c in ((0, 0), (1, 0), (0, 1))]
+    assert [*bigan_latent.EXPERIMENTS] == [f"EX{i}" for i in range(1, 10)]
+    assert all([*row] == ["lambda_ad", "lambda_ae", "lambda_h"] for row in bigan_latent.EXPERIMENTS.values())
+
+
+@pytest.mark.parametrize("weighty", [(), ("L_AD",), ("L_AE",), ("L_H",), ("L_AD", "L_AE", "L_H")])
+def test_all_losses_against_numpy(weighty):
+    torch.manual_seed(0)
+    nets, optimizers, x, z = tiny(features=True)
+    nets["D"].of_both.eval()  # without dropout
+    weights = {
+        "L_GAN": 1,
+        **{name: 2.0 + i if name in weighty else 0 for i, name in enumerate(("L_AD", "L_AE", "L_H"))},
+    }
+    losses = {k: v.item() for k, v in bigan_latent.all_losses(nets, optimizers, x, z, weights, 0).items()}
+    with torch.no_grad():
+        G, E, D, H = (nets[name] for name in ("G", "E", "D", "H"))
+        x_hat, z_hat = G(z), E(x)
+        x_tilde, z_tilde = G(z_hat), E(x_hat)
+        p, q = sigmoid(D(x, z_hat).numpy()), sigmoid(D(x_hat, z).numpy())
+        terms = {"L_AD": huber((z - z_tilde).numpy()).mean(), "L_AE": huber((x - x_tilde).numpy()).mean()}
+        terms["L_H"] = huber((H(x) - H(x_tilde)).norm(dim=1).numpy()).mean()
+    expected = {name: terms[name] for name in weighty} | {"L_GAN": -np.log(1 - p).mean() - np.log(q).mean()}
+    expected["G_E"] = sum(weights[name] * value for name, value in expected.items())
+    expected["D"] = -(0.9 * np.log(p) + 0.1 * np.log(1 - p)).mean() - np.log(1 - q).mean()
+    assert losses == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "name, unroll, reached",
+    [
+        ("L_GAN", 0, {"G", "E", "D"}),
+        ("L_GAN", 2, {"G", "E", "D"}),
+        ("L_AD", 2, {"G", "E"}),
+        ("L_AE", 2, {"G", "E"}),
+        ("L_H", 2, {"G", "E"}),
+        ("D", 2, {"G", "E", "D"}),
+    ],
+)
+def test_which_networks_a_loss_reaches(name, unroll, reached):
+    nets, optimizers, x, z = tiny(features=True)
+    loss = bigan_latent.all_losses(nets, optimizers, x, z, {**WEIGHTS, "L_H": 1}, unroll)[name]
+    for net in ("G", "E", "D"):
+        gradients = torch.autograd.grad(loss, list(nets[net].parameters()), retain_graph=True, allow_unused=True)
+        assert any(g is not None and g.abs().max() > 0 for g in gradients) == (net in reached), net
+
+
+# --------------------------------------------------------------------------------------------------------- unrolling
+
+
+def after_some_steps(steps, **options):
+    """tiny(), after some training steps: D's optimizer has a state, and batch norm has seen something."""
+    nets, optimizers, x, z = tiny(**options)
+    for _ in range(steps):
+        bigan_latent.train_step(nets, optimizers, x, z, WEIGHTS, 0)
+    return nets, optimizers, x, z
+
+
+def unrolled(nets, optimizers, x, z, unroll, seed=7):
+    """The unrolled loss, with the same dropout at every call."""
+    torch.manual_seed(seed)
+    D, pairs = nets["D"], [(x, nets["E"](x)), (nets["G"](z), z)]
+    return bigan_latent.unrolled_generator_loss(D, optimizers["D"], pairs, *(D(*pair) for pair in pairs), unroll)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_the_gradient_through_two_unrolled_steps_is_that_of_finite_differences(steps_before):
+    nets, optimizers, x, z = after_some_steps(steps_before)
+    for net, count in (("G", 12), ("E", 6)):
+        parameters = list(nets[net].parameters())
+        gradients = torch.autograd.grad(unrolled(nets, optimizers, x, z, 2), parameters)
+        plain = torch.autograd.grad(unrolled(nets, optimizers, x, z, 0), parameters)
+        for i in range(count):
+            torch.manual_seed(i)
+            ways = [torch.randn_like(p) for p in parameters]
+            at = []
+            for sign in (1, -1):
+                for p, way in zip(parameters, ways):
+                    p.data.add_(way, alpha=sign * 1e-6)
+                at.append(unrolled(nets, optimizers, x, z, 2).item())
+                for p, way in zip(parameters, ways):
+                    p.data.sub_(way, alpha=sign * 1e-6)
+            slope, slope_plain = (sum((g * w).sum().item() for g, w in zip(gs, ways)) for gs in (gradients, plain))
+            assert slope == pytest.approx((at[0] - at[1]) / 2e-6, rel=1e-4, abs=1e-5)
+            assert abs(slope - slope_plain) > 1e-3 * abs(slope)  # else this test could not see the unrolling
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_unrolled_steps_are_those_of_torch_s_adam(unroll, steps_before):
+    nets, optimizers, x, z = after_some_steps(steps_before)
+    loss = unrolled(nets, optimizers, x, z, unroll)
+    D = copy.deepcopy(nets["D"])
+    adam = torch.optim.Adam(D.parameters(), 2e-2, (0.5, 0.999))
+    adam.load_state_dict(optimizers["D"].state_dict())
+    torch.manual_seed(7)
+    pairs = [(x, nets["E"](x).detach()), (nets["G"](z).detach(), z)]
+    for _ in range(unroll):
+        adam.zero_grad()
+        bigan_latent.discriminator_loss(*(D(*pair) for pair in pairs)).backward()
+        adam.step()
+    assert loss.item() == pytest.approx(bigan_latent.generator_loss(*(D(*pair) for pair in pairs)).item(), rel=1e-9)
+    assert abs(loss.item() - unrolled(nets, optimizers, x, z, 0).item()) > 1e-3
+
+
+def test_unrolling_leaves_the_discriminator_and_its_optimizer_as_they_are():
+    for steps_before in (0, 2):
+        nets, optimizers, x, z = after_some_steps(steps_before)
+        D, pairs = nets["D"], [(x, nets["E"](x)), (nets["G"](z), z)]
+        d_q, d_p = (D(*pair) for pair in pairs)
+        optimizers["D"].zero_grad()
+        before = copy.deepcopy((dict(D.state_dict()), optimizers["D"].state_dict()))
+        bigan_latent.unrolled_generator_loss(D, optimizers["D"], pairs, d_q, d_p, 3)
+        assert_same(before, (dict(D.state_dict()), optimizers["D"].state_dict()))
+        assert all(p.grad is None and p.requires_grad for p in D.parameters()) and D.training
+
+
+def test_unrolling_where_a_gradient_is_zero_stays_finite():
+    nets, optimizers, x, z = tiny()
+    nets["D"].of_both[3].weight.data.zero_()  # no gradient reaches the layers before it
+    loss = unrolled(nets, optimizers, x, z, 2)
+    gradients = torch.autograd.grad(loss, list(nets["G"].parameters()))
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def test_without_unrolling_a_step_is_a_plain_bigan_s_bit_for_bit():
+    nets, optimizers, x, z = tiny()
+    nets, x, z = nets.float(), x.float(), z.float()
+    optimizers = bigan_latent.build_optimizers(nets, 2e-4)
+    other = copy.deepcopy(nets)
+    G, E, D = other["G"], other["E"], other["D"]
+    mine = [*G.parameters(), *E.parameters()]
+    adam_d, adam_ge = (torch.optim.Adam(ps, 2e-4, (0.5, 0.999), fused=True) for ps in (list(D.parameters()), mine))
+    bce = F.binary_cross_entropy_with_logits
+    for seed in range(3):
+        torch.manual_seed(seed)
+        bigan_latent.train_step(nets, optimizers, x, z, {"L_GAN": 1, "L_AD": 0, "L_AE": 0, "L_H": 0}, 0)
+        torch.manual_seed(seed)
+        x_hat, z_hat = G(z), E(x)
+        d_q, d_p = D(x, z_hat), D(x_hat, z)
+        d_loss = bce(d_q, torch.full_like(d_q, 0.9)) + bce(d_p, torch.zeros_like(d_p))
+        ge_loss = bce(d_q, torch.zeros_like(d_q)) + bce(d_p, torch.ones_like(d_p))
+        for p, g in zip(D.parameters(), torch.autograd.grad(d_loss, list(D.parameters()), retain_graph=True)):
+            p.grad = g
+        for p, g in zip(mine, torch.autograd.grad(ge_loss, mine)):
+            p.grad = g
+        adam_d.step()
+        adam_ge.step()
+    assert_same(dict(nets.state_dict()), dict(other.state_dict()))
+
+
+def adam_by_hand(parameters, gradients, lr, moments):
+    """Adam with beta 0.5, 0.999: the new parameters and moments [step, m, v]."""
+    step = moments[0] + 1
+    m = [0.5 * a + 0.5 * g for a, g in zip(moments[1], gradients)]
+    v = [0.999 * a + 0.001 * g * g for a, g in zip(moments[2], gradients)]
+    new = []
+    for p, a, b in zip(parameters, m, v):
+        new.append(p - lr * (a / (1 - 0.5**step)) / ((b / (1 - 0.999**step)) ** 0.5 + 1e-8))
+    return new, [step, m, v]
+
+
+def discriminate(weights, x, z):
+    """The tiny D with the given weights, without dropout."""
+    conv_1, bias_1, conv_2, gain, shift, dense_z, bias_z, dense, bias, logit, bias_logit = weights
+    h = leaky(F.conv2d(x, conv_1, bias_1, stride=2, padding=1))
+    h = F.conv2d(h, conv_2, stride=2, padding=1)
+    h = (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+    h = leaky(h * gain[:, None, None] + shift[:, None, None]).flatten(1)
+    h = torch.cat([h, leaky(F.linear(z, dense_z, bias_z))], 1)
+    return F.linear(leaky(F.linear(h, dense, bias)), logit, bias_logit)
+
+
+@pytest.mark.parametrize("unroll", [0, 1, 2])
+def test_train_step_against_autograd_by_hand(unroll):
+    nets, optimizers, _, _ = tiny()
+    nets["D"].of_both.eval()  # without dropout
+    other = copy.deepcopy(nets)
+    G, E = other["G"], other["E"]
+    mine, theirs = [*G.parameters(), *E.parameters()], [p.detach().clone() for p in nets["D"].parameters()]
+    moments = {"mine": [0, [0] * len(mine), [0] * len(mine)], "theirs": [0, [0] * len(theirs), [0] * len(theirs)]}
+    bce = F.binary_cross_entropy_with_logits
+    one, zero = torch.ones(4, 1).double(), torch.zeros(4, 1).double()
+    for seed in range(3):
+        torch.manual_seed(10 + seed)
+        x, z = torch.rand(4, 3, 16, 16).double() * 2 - 1, torch.rand(4, 5).double() * 2 - 1
+        losses = bigan_latent.train_step(nets, optimizers, x, z, WEIGHTS, unroll)
+        x_hat, z_hat = G(z), E(x)
+
+        def d_loss(weights, x=x, z=z, x_hat=x_hat, z_hat=z_hat):
+            return bce(discriminate(weights, x, z_hat), 0.9 * one) + bce(discriminate(weights, x_hat, z), zero)
+
+        weights, state = [p.requires_grad_() for p in theirs], moments["theirs"]
+        value = {"D": d_loss(weights)}
+        gradients = torch.autograd.grad(value["D"], weights, retain_graph=True)
+        for _ in range(unroll):
+            along = torch.autograd.grad(d_loss(weights), weights, create_graph=True)
+            weights, state = adam_by_hand(weights, along, 2e-2, state)
+        value["L_GAN"] = bce(discriminate(weights, x, z_hat), zero) + bce(discriminate(weights, x_hat, z), one)
+        value["L_AD"] = (0.05 * ((1 + ((E(x_hat) - z) / 0.05) ** 2) ** 0.5 - 1)).mean()
+        value["L_AE"] = (0.05 * ((1 + ((G(z_hat) - x) / 0.05) ** 2) ** 0.5 - 1)).mean()
+        value["G_E"] = value["L_GAN"] + 2.5 * value["L_AD"] + 0.7 * value["L_AE"]
+        assert set(losses) == set(value)
+        for name in value:
+            assert losses[name].item() == pytest.approx(value[name].item(), rel=1e-6), name
+            assert not losses[name].requires_grad
+        mine_gradients = torch.autograd.grad(value["G_E"], mine)
+        new, moments["mine"] = adam_by_hand(mine, mine_gradients, 2e-2, moments["mine"])
+        for p, value in zip(mine, new):
+            p.data.copy_(value)
+        theirs, moments["theirs"] = adam_by_hand([p.detach() for p in theirs], gradients, 2e-2, moments["theirs"])
+    for a, b in zip([*nets["G"].parameters(), *nets["E"].parameters(), *nets["D"].parameters()], [*mine, *theirs]):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_train_step_leaves_alexnet_alone():
+    nets, optimizers, x, z = tiny(features=True)
+    before = {k: v.clone() for k, v in nets["H"].state_dict().items()}
+    bigan_latent.train_step(nets, optimizers, x, z, {**WEIGHTS, "L_H": 1}, 1)
+    assert_same(before, dict(nets["H"].state_dict()))
+
+
+def test_train_step_never_reads_a_tensor_back(monkeypatch):
+    nets, images = bigan_latent.build_networks(16, 2, 5), draw_faces(8, 16)[0]
+    optimizers = bigan_latent.build_optimizers(nets, 2e-4)
+
+    def refuse(*_):
+        raise AssertionError("the host waited for the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for _ in range(2):
+        bigan_latent.train_step(nets, optimizers, *bigan_latent.draw_batch(images, 4, 5), WEIGHTS, 2)
+
+
+def test_batches_are_images_of_the_data_and_uniform_latents():
+    images = draw_faces(10, 16)[0]
+    torch.manual_seed(0)
+    x, z = bigan_latent.draw_batch(images, 500, 7)
+    same = (x[:, None] == to_float(images)).flatten(2).all(2)
+    assert torch.equal(same.sum(1), torch.ones(500)) and same.any(0).all() and z.shape == (500, 7)
+    assert z.abs().max() <= 1 and z.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.05) and abs(z.mean()) < 0.05
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_sample_diversity():
+    a, b = torch.randn(5, 3, 4, 4), torch.randn(6, 3, 4, 4)
+
+    def spread(x):
+        x = x.flatten(1).numpy()
+        return np.mean([np.linalg.norm(x[i] - x[j]) for i in range(len(x)) for j in range(i)])
+
+    assert bigan_latent.sample_diversity(a, b) == pytest.approx(spread(a) / spread(b), rel=1e-5)
+    assert bigan_latent.sample_diversity(a[:1].expand(5, -1, -1, -1), b) == 0
+
+
+def test_measure_against_numpy():
+    nets, _, _, z = after_some_steps(3)
+    nets, z = nets.float(), torch.rand(20, 5) * 2 - 1
+    torch.manual_seed(0)
+    images = torch.randint(256, (1400, 3, 16, 16), dtype=torch.uint8)
+    data = Data(images[:1100] // 2, images[1100:], (), None, None)
+    results = bigan_latent.measure(nets, data, z)
+    logged = bigan_latent.heldout_autodecoder_loss_q(nets, data, "cpu")
+    assert all(net.training for net in nets.values())
+    x = to_float(data.heldout)
+    nets.eval()
+    G, E, D = nets["G"], nets["E"], nets["D"]
+    with torch.no_grad():
+        x_hat, z_hat = G(z), E(x)
+        x_tilde = G(z_hat)
+        mean_image = (data.train.numpy() / 127.5 - 1).mean(0)
+        expected = {
+            "heldout_l1": np.abs((x_tilde - x).numpy()).mean(),
+            "heldout_l1_of_mean_image": np.abs(x.numpy() - mean_image).mean(),
+            "autodecoder_q": huber((z_hat - E(x_tilde)).numpy()).mean(),
+            "d_on_real": 100 * sigmoid(D(x, z_hat).numpy()).mean(),
+            "d_on_reconstructions": 100 * sigmoid(D(x_tilde, z_hat).numpy()).mean(),
+            "d_on_samples": 100 * sigmoid(D(x_hat, z).numpy()).mean(),
+            "latent_l1": np.abs((E(x_hat) - z).numpy()).mean(),
+            "sample_diversity": bigan_latent.sample_diversity(x_hat, x[:20]),
+        }
+        assert results == pytest.approx(expected, rel=1e-4)
+        first = huber((z_hat - E(x_tilde))[:250].numpy()).mean()
+    assert logged.item() == pytest.approx(first, rel=1e-4)
+
+
+def test_figures_show_what_they_say(monkeypatch, tmp_path):
+    """With G and E such that G(E(x)) is x's mean colour, one can tell from the saved arguments what stands where."""
+    shown = {}
+    monkeypatch.setattr(
+        bigan_latent, "save_grid", lambda path, *images, **options: shown.update({path.name: (images, options)})
+    )
+    nets = nn.ModuleDict({"G": nn.Module(), "E": nn.Module(), "D": nn.Module()})
+    nets["E"].forward = lambda x: x.mean((2, 3))
+    nets["G"].forward = lambda z: z[:, :3, None, None].expand(-1, -1, 16, 16)
+    nets["D"].forward = lambda x, z: x.var((1, 2, 3))[:, None] + z.mean(1, keepdim=True)
+    images = draw_faces(14, 16)[0]
+    data, z = Data(images[:2], images[2:], (), None, None), torch.rand(256, 3) * 2 - 1
+
+    def texts(x, z):
+        return [f"{min(99, v):02.0f}" for v in 100 * sigmoid(nets["D"](x, z)[:, 0].numpy())]
+
+    bigan_latent.save_figures(nets, data, z, tmp_path)
+    x = to_float(data.heldout)[:10]
+    assert set(shown) == {"figure_samples.png", "figure_reconstructions.png", "figure_interpolations.png"}
+    (samples,), options = shown["figure_samples.png"]
+    assert torch.equal(samples, nets["G"](z[:100])) and options["captions"] == [texts(samples, z[:100])]
+    (originals, reconstructions), options = shown["figure_reconstructions.png"]
+    assert torch.equal(originals, x)
+    torch.testing.assert_close(reconstructions, x.mean((2, 3), keepdim=True).expand_as(x))
+    assert options["captions"] == [texts(images, x.mean((2, 3))) for images in (originals, reconstructions)]
+    assert options["captions"][0] != options["captions"][1]
+    (grid,), options = shown["figure_interpolations.png"]
+    for i, row in enumerate(grid.view(5, options["columns"], 3, 16, 16)):
+        first, last = x[2 * i], x[2 * i + 1]
+        assert torch.equal(row[0], first) and torch.equal(row[-1], last)
+        ends = first.mean((1, 2)), last.mean((1, 2))
+        for j, image in enumerate(row[1:-1]):
+            torch.testing.assert_close(image[:, 0, 0], ends[0] + (ends[1] - ends[0]) * j / (len(row) - 3))
+    bigan_latent.save_figures(nets, data, z, tmp_path, step=70)
+    assert {"samples_70.png", "reconstructions_70.png"} <= set(shown) and len(shown) == 5
+
+
+def test_percents_have_two_digits():
+    assert bigan_latent.captions(torch.tensor([0.2, 7.6, 42.0, 99.9])) == ["00", "08", "42", "99"]
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def log_of(folder):
+    header, *rows = csv.reader((folder / "log.csv").open())
+    return header, rows
+
+
+def test_a_run_as_a_user_starts_it(photos, tmp_path):
+    process = start("bigan_latent", "--data", photos, *TINY, "--steps", 5, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    folder = tmp_path / "runs" / "bigan_latent"
+    pictures = {f"{kind}_{step}.png" for kind in ("samples", "reconstructions") for step in (2, 4, 5)}
+    pictures |= {"figure_samples.png", "figure_reconstructions.png", "figure_interpolations.png"}
+    assert set(files(folder)) == pictures | {"checkpoint.pt", "log.csv", "results.json"}
+    for name in pictures:
+        with Image.open(folder / name) as image:
+            image.load()
+            across, down = (10, 5) if "interpol" in name else (10, 10) if "samples" in name else (10, 2)
+            gaps = 5 if "reconstructions" in name else across
+            assert image.size == (across * 64 + gaps * 4 + 4, down * 68 + 4), name
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 5 and results["steps_per_second"] > 0 and results["config"]["channels"] == 2
+    assert results["config"]["unroll"] == 8 and results["config"]["experiment"] == "EX7"
+    names = "heldout_l1 heldout_l1_of_mean_image latent_l1 autodecoder_q sample_diversity"
+    for name in [*names.split(), "d_on_real", "d_on_samples", "d_on_reconstructions"]:
+        assert 0 < results[name] < (100 if name.startswith("d_") else 10)
+        assert f"{name:26}{results[name]:10.3f}" in out
+    header, rows = log_of(folder)
+    assert header == ["step", "D", "G_E", "L_GAN", "L_AD", "L_AD_q"]
+    assert [row[0] for row in rows] == list("12345") and all(math.isfinite(float(v)) for row in rows for v in row)
+    assert out.startswith("EX7 on 27 images of ") and "step 5  D " in out and "steps/s" in out and "left" in out
+
+
+def test_experiments_train_with_their_losses_and_nothing_else(photos, tmp_path, cli, alexnet_file):
+    small = ["--data", photos, *TINY, "--unroll", 1, "--steps", 2, "--alexnet-weights", alexnet_file]
+    for name, losses in (("EX2", ["L_AD", "L_AE"]), ("EX9", ["L_AD", "L_H"]), ("EX4", ["L_AD"])):
+        result = cli(bigan_latent, *small, "--experiment", name, "--out", tmp_path / name)
+        assert result.status == 0 and result.out.startswith(name), result
+        assert log_of(tmp_path / name)[0] == ["step", "D", "G_E", "L_GAN", *losses, "L_AD_q"]
+    assert not any(k.startswith("H.") for k in load(tmp_path / "EX4")["networks"])
+    resume = ["--resume", "--out", tmp_path / "EX9", "--steps", 3, "--device", "cpu"]
+    assert cli(bigan_latent, *resume).status == 0  # AlexNet is in the checkpoint
+    weights = torch.load(alexnet_file, weights_only=True)
+    assert torch.equal(load(tmp_path / "EX9")["networks"]["H.layers.0.weight"], weights["features.0.weight"])
+
+
+def test_a_stochastic_encoder_trains(photos, tmp_path, cli):
+    run = tmp_path / "run"
+    small = ["--data", photos, *TINY, "--unroll", 1, "--latent-dim", 5, "--steps", 2]
+    assert cli(bigan_latent, *small, "--stochastic-encoder", "--out", run).status == 0
+    assert load(run)["networks"]["E.layers.1.weight"].shape[0] == 10
+    assert cli(bigan_latent, "--eval", "--out", run, "--device", "cpu").status == 0
+
+
+def test_alexnet_s_weights_are_downloaded_only_where_they_are_needed(photos, tmp_path, cli, monkeypatch, alexnet_file):
+    def download(*_, **options):
+        assert options["check_hash"]
+        calls.append(1)
+        if len(calls) == 1:
+            raise URLError("no route")
+        return torch.load(alexnet_file, weights_only=True)
+
+    calls = []
+    monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", download)
+    small = ["--data", photos, *TINY, "--unroll", 0, "--steps", 1]
+    assert cli(bigan_latent, *small, "--experiment", "EX8", "--out", tmp_path / "8").status == 0 and not calls
+    result = cli(bigan_latent, *small, "--experiment", "EX9", "--out", tmp_path / "9")
+    assert_refused(result, "downloaded", "no route", "--alexnet-weights", "alexnet-owt-7be5be79.pth")
+    assert files(tmp_path) == files(tmp_path / ".") and not (tmp_path / "9").exists()
+    assert cli(bigan_latent, *small, "--lambda-h", 0.1, "--out", tmp_path / "h").status == 0 and len(calls) == 2
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    """A run of six steps, never stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    bigan_latent.main([str(a) for a in ("--data", photos, *SMALL, "--steps", 6, "--out", folder)])
+    return folder
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(photos, tmp_path, cli, finished):
+    for seed in (0, 1):
+        cli(bigan_latent, "--data", photos, *SMALL, "--steps", 6, "--out", tmp_path / str(seed), "--seed", seed)
+    assert_same(load(finished), load(tmp_path / "0"))
+    assert (finished / "log.csv").read_bytes() == (tmp_path / "0" / "log.csv").read_bytes()
+    assert log_of(tmp_path / "0")[1][0] != log_of(tmp_path / "1")[1][0]
+
+
+def test_a_resumed_run_ends_in_the_same_bits(photos, tmp_path, cli, finished):
+    run = tmp_path / "run"
+    cli(bigan_latent, "--data", photos, *SMALL, "--steps", 4, "--out", run)
+    assert cli(bigan_latent, "--resume", "--out", run, "--steps", 6, "--device", "cpu").status == 0
+    assert_same(load(finished), load(run))
+    assert (finished / "log.csv").read_bytes() == (run / "log.csv").read_bytes()
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (finished, run))
+    assert {**a, "steps_per_second": 0} == {**b, "steps_per_second": 0}
+
+
+def test_killed_at_any_moment_a_run_resumes(photos, tmp_path, cli, finished):
+    process = start("bigan_latent", "--data", photos, *SMALL, "--steps", 100_000, "--out", "run", cwd=tmp_path)
+    run, deadline = tmp_path / "run", time.time() + 120
+    while len(list(run.glob("samples_*.png"))) < 2 and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    step = load(run)["step"]
+    assert step % 2 == 0 and step >= 2
+    with (run / "log.csv").open("a") as log:  # lines from after the checkpoint, the last one cut off in the middle
+        log.write(f"{step + 50},1,1,1,1,1\n1")
+    assert cli(bigan_latent, "--resume", "--out", run, "--steps", step + 3, "--device", "cpu").status == 0
+    assert cli(bigan_latent, "--data", photos, *SMALL, "--steps", step + 3, "--out", tmp_path / "whole").status == 0
+    assert_same(load(tmp_path / "whole"), load(run))
+    assert (tmp_path / "whole" / "log.csv").read_bytes() == (run / "log.csv").read_bytes()
+
+
+def test_a_run_killed_while_it_saves_keeps_the_checkpoint_before(photos, tmp_path, cli, finished, monkeypatch):
+    def killed(content, path):
+        if content["step"] == 4:
+            path.write_bytes(b"half a checkpoint")
+            raise MemoryError
+        save(content, path)
+
+    save, run = torch.save, tmp_path / "run"
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(MemoryError):
+        cli(bigan_latent, "--data", photos, *SMALL, "--steps", 6, "--out", run)
+    monkeypatch.undo()
+    assert load(run)["step"] == 2
+    assert cli(bigan_latent, "--resume", "--out", run, "--device", "cpu").status == 0
+    assert_same(load(finished), load(run))
+
+
+def test_a_log_that_is_lost_or_left_over_begins_with_its_header(photos, tmp_path, cli, finished):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.csv").write_text("left over from a run that was killed before its first checkpoint")
+    cli(bigan_latent, "--data", photos, *SMALL, "--steps", 4, "--out", run)
+    assert (finished / "log.csv").read_bytes().startswith((run / "log.csv").read_bytes())
+    (run / "log.csv").unlink()
+    cli(bigan_latent, "--resume", "--out", run, "--steps", 6, "--device", "cpu")
+    header, rows = log_of(run)
+    assert header[0] == "step" and [row[0] for row in rows] == ["5", "6"]
+
+
+def test_ctrl_c_saves_and_leaves(photos, tmp_path, cli, finished, monkeypatch):
+    def step_then_ctrl_c(*args):
+        counts.append(1)
+        if len(counts) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    counts, train_step, run = [], bigan_latent.train_step, tmp_path / "run"
+    monkeypatch.setattr(bigan_latent, "train_step", step_then_ctrl_c)
+    result = cli(bigan_latent, "--data", photos, *SMALL, "--steps", 6, "--out", run)
+    assert result.status == 130 and "stopped after step 3" in result.out and "--resume" in result.out
+    assert load(run)["step"] == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert cli(bigan_latent, "--resume", "--out", run, "--device", "cpu").status == 0
+    assert_same(load(finished), load(run))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(photos, tmp_path, cli, monkeypatch):
+    def bad(z_tilde, z):
+        counts.append(1)
+        return F.l1_loss(z_tilde, z) * (math.nan if len(counts) == 4 else 1)
+
+    counts, run = [], tmp_path / "run"
+    monkeypatch.setattr(bigan_latent, "autodecoder_loss", bad)
+    result = cli(bigan_latent, "--data", photos, *SMALL, "--steps", 6, "--out", run)
+    assert_refused(result, "step 4", "loss G_E is not finite", run / "checkpoint.pt")
+    assert load(run)["step"] == 2 and all(p.isfinite().all() for p in load(run)["networks"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(photos, tmp_path, cli, monkeypatch):
+    def break_weights(nets, *args):
+        losses = train_step(nets, *args)
+        counts.append(1)
+        next(nets["D"].parameters()).data.fill_(math.inf if len(counts) == 2 else 0)
+        return losses
+
+    counts, train_step, run = [], bigan_latent.train_step, tmp_path / "run"
+    monkeypatch.setattr(bigan_latent, "train_step", break_weights)
+    result = cli(bigan_latent, "--data", photos, *SMALL, "--log-every", 50, "--steps", 6, "--out", run)
+    assert_refused(result, "step 2", "weight D.", "not finite")
+    assert load(run)["step"] == 0
+
+
+def test_eval_writes_the_same_figures_and_results_again(cli, finished, tmp_path):
+    before = {name: (finished / name).read_bytes() for name in files(finished)}
+    for name in before:
+        if name.startswith("figure") or name == "results.json":
+            (finished / name).unlink()
+    assert cli(bigan_latent, "--eval", "--out", finished, "--device", "cpu").status == 0
+    assert {name: (finished / name).read_bytes() for name in files(finished)} == before
+
+
+def test_the_first_line_says_how_long_a_cpu_will_take(photos, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(bigan_latent, "train_step", lambda *args: {"G_E": torch.tensor(1.0)})
+    hours = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(bigan_latent.time, "perf_counter", lambda: next(hours))
+    arguments = [
+        "--data",
+        photos,
+        *TINY,
+        "--save-every",
+        40,
+        "--log-every",
+        40,
+        "--steps",
+        40,
+        "--out",
+        tmp_path / "run",
+    ]
+    _, first, second, *_ = cli(bigan_latent, *arguments).out.splitlines()
+    assert first.startswith("step 10 ") and "3:00:00 left" in first and "--quick" in second
+
+
+def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch):
+    def spy(nets, optimizers, x, z, weights, unroll):
+        rates = {name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"]) for name, o in optimizers.items()}
+        seen.append((x.shape, z.shape, weights, unroll, rates, nets["E"].stochastic, "H" in nets))
+        return train_step(nets, optimizers, x, z, weights, unroll)
+
+    seen, vectors, train_step = [], [], bigan_latent.train_step
+    monkeypatch.setattr(bigan_latent, "train_step", spy)
+    monkeypatch.setattr(bigan_latent, "save_figures", lambda nets, data, z, *args: vectors.append(z))
+    settings = "--lr 1e-3 --lambda-ad 3 --lambda-ae 4 --latent-dim 7 --unroll 2 --stochastic-encoder".split()
+    for i, more in enumerate((settings, [*settings, "--seed", 9], ["--experiment", "EX5", "--latent-dim", 7])):
+        cli(bigan_latent, "--data", photos, *SMALL, "--steps", 1, "--out", tmp_path / str(i), *more)
+    first = {"L_GAN": 1, "L_AD": 3, "L_AE": 4, "L_H": 0}, 2, dict.fromkeys(("D", "G_E"), (1e-3, (0.5, 0.999))), True
+    third = {"L_GAN": 1, "L_AD": 1, "L_AE": 1, "L_H": 0}, 1, dict.fromkeys(("D", "G_E"), (2e-4, (0.5, 0.999))), False
+    assert seen == [((4, 3, 16, 16), (4, 7), *rest, False) for rest in (first, first, third)]
+    assert all(torch.equal(z, vectors[0]) for z in vectors) and len(vectors) == 6  # the same vectors whatever the seed
+    assert vectors[0].abs().max() <= 1 and vectors[0].shape == (256, 7) and vectors[0].min() < -0.9
+
+
+def test_quick_sets_what_its_help_says(cli, monkeypatch):
+    args, _ = bigan_latent.parse_args(["--quick", "--out", "nowhere", "--steps", "7"])
+    assert {name: getattr(args, name) for name in bigan_latent.QUICK} == {**bigan_latent.QUICK, "steps": 7}
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = cli(bigan_latent, "--help").out
+    for name, value in bigan_latent.QUICK.items():
+        assert f"--{name.replace('_', '-')} {value}" in shown
+    args, _ = bigan_latent.parse_args(["--out", "nowhere"])
+    assert (args.steps, args.batch_size, args.image_size, args.latent_dim, args.channels) == (200_000, 32, 64, 100, 64)
+    assert (args.lr, args.unroll, args.experiment, args.stochastic_encoder) == (2e-4, 8, "EX7", False)
+    assert (args.lambda_ad, args.lambda_ae, args.lambda_h) == (2.5, 0, 0)
+    args, _ = bigan_latent.parse_args(["--out", "nowhere", "--experiment", "EX3", "--lambda-ae", "0.2", "--quick"])
+    assert (args.lambda_ad, args.lambda_ae, args.lambda_h) == (0.05, 0.2, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--data", "missing"], ["missing", "folder"]),
+        (["--data", "empty"], ["empty", "0 readable images", "at least 20"]),
+        (["--data", "PHOTOS", "--batch-size", 28], ["27 images", "--batch-size 28"]),
+        (["--image-size", 48], ["--image-size", "48", "64"]),
+        (["--experiment", "EX10"], ["--experiment", "EX10", "EX9"]),
+        (["--unroll", -1], ["--unroll", "-1", "at least 0"]),
+        (["--step", 5], ["--step"]),
+        (["--steps", 0], ["--steps", "0", "at least 1"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--lr", -1], ["--lr", "-1"]),
+        (["--lambda-ae", "nan"], ["--lambda-ae", "nan"]),
+        (["--lambda-h", 1, "--alexnet-weights", "missing.pth"], ["missing.pth", "AlexNet", "alexnet-owt-7be5be79.pth"]),
+        (["--lambda-h", 1, "--alexnet-weights", "other/checkpoint.pt"], ["other/checkpoint.pt", "AlexNet"]),
+        (["--seed", 2**70], ["--seed"]),
+        (["--device", "abacus"], ["--device abacus"]),
+        (["--device", "meta"], ["--device meta"]),
+        (["--resume"], ["checkpoint.pt", "leave out --resume"]),
+        (["--eval"], ["checkpoint.pt", "--eval"]),
+        (["--data", "PHOTOS", "--out", "file"], ["--out file"]),
+        (["--resume", "--out", "other"], ["other", "not a checkpoint of bigan_latent.py"]),
+        (["--resume", "--out", "noise"], ["noise", "not a checkpoint of bigan_latent.py"]),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(arguments, words, photos, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "other", "noise"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    torch.save({"script": "pagan", "step": 3}, "other/checkpoint.pt")
+    (tmp_path / "noise" / "checkpoint.pt").write_bytes(b"noise")
+    before = files(tmp_path)
+    arguments = [photos if argument == "PHOTOS" else argument for argument in arguments]
+    result = cli(bigan_latent, *SMALL, "--steps", 2, "--data", photos, *arguments)
+    assert_refused(result, *words)
+    assert result.out == "" and files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([*SMALL, "--steps", 2], ["holds a run", "--resume", "another --out"]),
+        (["--resume", "--image-size", 32], ["image_size = 16, not 32"]),
+        (["--eval", "--experiment", "EX8"], ["experiment = EX7, not EX8"]),
+        (["--resume", "--unroll", 0], ["unroll = 1, not 0"]),
+        (["--eval", "--steps", 9], ["steps = 6, not 9"]),
+        (["--resume", "--steps", 5], ["at step 6 already", "--steps 5"]),
+        (["--resume", "--data", "OTHER"], ["does not hold the images"]),
+    ],
+)
+def test_another_run_s_folder_is_left_alone(arguments, words, photos, tmp_path, cli, finished):
+    for i, image in enumerate(draw_faces(25, 16, seed=5)[0]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    before = {name: (finished / name).read_bytes() for name in files(finished)}
+    arguments = [tmp_path if argument == "OTHER" else argument for argument in arguments]
+    result = cli(bigan_latent, *arguments, *(() if "--data" in arguments else ("--data", photos)), "--out", finished)
+    assert_refused(result, *words)
+    assert {name: (finished / name).read_bytes() for name in files(finished)} == before
+
+
+# -------------------------------------------------------------------------------------------------------------- CUDA
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_a_step_never_waits_for_the_device():
+    nets, images = bigan_latent.build_networks(16, 4, 5).cuda(), draw_faces(40, 16)[0].cuda()
+    optimizers = bigan_latent.build_optimizers(nets, 2e-4)
+    for _ in range(3):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses = bigan_latent.train_step(nets, optimizers, *bigan_latent.draw_batch(images, 4, 5), WEIGHTS, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(loss.isfinite() and loss.device.type == "cuda" for loss in losses.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_a_resumed_run_goes_on_with_the_same_random_numbers(photos, tmp_path, cli):
+    tiny = ["--data", photos, *SMALL, "--device", "cuda"]
+    assert cli(bigan_latent, *tiny, "--steps", 6, "--out", tmp_path / "whole").status == 0
+    assert cli(bigan_latent, *tiny, "--steps", 4, "--out", tmp_path / "run").status == 0
+    assert cli(bigan_latent, "--resume", "--steps", 6, "--out", tmp_path / "run").status == 0
+    a, b = load(tmp_path / "whole"), load(tmp_path / "run")
+    assert torch.equal(a["random"]["cuda"], b["random"]["cuda"])
+    for name, weight in a["networks"].items():
+        torch.testing.assert_close(weight, b["networks"][name], atol=2e-3, rtol=1e-2)
