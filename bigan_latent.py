@@ -30,7 +30,8 @@ paper -> code
 
 Rulings, where the paper is silent
     - The text does not describe Figures 1-3. The layers here are DCGAN's, on which G is based; D has E's convolutions
-      for x, a dense layer for z, and a dense layer for both. Convolutions before a batch norm have no bias.
+      for x, a dense layer for z, and one of 128 units for both: with 512 or 1024 unrolling collapses, see the README.
+      Layers before a batch norm have no bias.
     - Decay 0.97 and dropout 0.8 are TensorFlow's: momentum 0.03 and a probability of 0.2 in torch.
     - Every pass normalises by its own batch: (x, E(x)) and (G(z), z) go through D one after the other.
     - The pseudo-Huber of Eq. 4, 6 and 7 is taken of each coordinate and averaged: Section 4 wants each dimension of z
@@ -84,7 +85,7 @@ BETAS = (0.5, 0.999)  # (Section 5)
 INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
-QUICK = {"image_size": 16, "channels": 32, "steps": 1500, "unroll": 2, "save_every": 300}
+QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "steps": 1700, "unroll": 1, "lr": 5e-4, "save_every": 500}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -145,8 +146,8 @@ class Discriminator(nn.Module):
         super().__init__()
         self.of_x = conv_stack(image_size, channels)
         self.of_z = nn.Sequential(nn.Linear(latent_dim, 8 * channels), nn.LeakyReLU(LEAK))
-        hidden = nn.Linear(2 * channels * image_size + 8 * channels, 16 * channels)
-        self.of_both = nn.Sequential(hidden, nn.LeakyReLU(LEAK), nn.Dropout(DROPOUT), nn.Linear(16 * channels, 1))
+        hidden = nn.Linear(2 * channels * image_size + 8 * channels, 2 * channels)
+        self.of_both = nn.Sequential(hidden, nn.LeakyReLU(LEAK), nn.Dropout(DROPOUT), nn.Linear(2 * channels, 1))
 
     def forward(self, x, z):
         return self.of_both(torch.cat([self.of_x(x), self.of_z(z)], dim=1))

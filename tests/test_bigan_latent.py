@@ -68,7 +68,7 @@ def test_weights_of_the_paper_s_sizes_counted_by_hand():
     convs = 4 * 4 * (64 * 128 + 128 * 256 + 256 * 512) + 2 * (128 + 256 + 512) + (3 * 64 * 16 + 64)
     g = 100 * 512 * 16 + 2 * (512 + 256 + 128 + 64) + 16 * (512 * 256 + 256 * 128 + 128 * 64) + (64 * 3 * 16 + 3)
     e = convs + (512 * 16 * 100 + 100)
-    d = convs + (100 * 512 + 512) + ((512 * 16 + 512) * 1024 + 1024) + (1024 + 1)
+    d = convs + (100 * 512 + 512) + ((512 * 16 + 512) * 128 + 128) + (128 + 1)
     nets = bigan_latent.build_networks(64, 64, 100)
     assert {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()} == {"G": g, "E": e, "D": d}
     stochastic = bigan_latent.build_networks(64, 64, 100, stochastic=True)["E"]
