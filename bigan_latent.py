@@ -2,16 +2,16 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
 # ///
-"""Toward better reconstruction of style images with GANs (Lorbert, Ben-Zvi, Ciptadi, Oks, Tyagi, Amazon Lab126, 2017).
+"""Toward better reconstruction of style images with GANs (Lorbert, Ben-Zvi, Ciptadi, Oks, Tyagi, Amazon, 2017).
 
 A BiGAN: a generator G from latents to images, an encoder E from images to latents, and one discriminator D that tells
-pairs (x, E(x)) from pairs (G(z), z). What fools it makes G and E each other's inverse, in theory. The paper adds what
-makes them so in practice: a penalty on the reconstruction of latents, z against E(G(z)), which does not blur images as
-a penalty on pixels does, and keeps G from collapsing. Penalties on pixels and on AlexNet's features are compared with
-it. D is unrolled: G and E look K of its updates ahead.
+pairs (x, E(x)) from pairs (G(z), z). At its optimum G and E are each other's inverse; in practice they are not. The
+paper adds a penalty on the reconstruction of latents, z against E(G(z)): it does not blur images, as a penalty on
+pixels does, and with enough weight it helps against collapse. Penalties on pixels and on AlexNet's features are
+compared with it. D is unrolled: G and E look K of its updates ahead.
 
     python bigan_latent.py --quick                            # cartoon faces within three minutes on two CPU cores
-    python bigan_latent.py --data photos/ --out runs/photos   # the paper's set-up on a folder of images
+    python bigan_latent.py --data photos/ --out runs/photos   # the paper's EX7 on a folder of images
     python bigan_latent.py --experiment EX8 --out runs/ex8    # another row of Table 1
 
 paper -> code
@@ -21,27 +21,32 @@ paper -> code
     Eq. 5        penalty on features                    feature_loss; Features is H
     Eq. 6, 7     penalties on latents                   autodecoder_loss (trained), autodecoder_loss_q (logged)
     Eq. 8        the whole objective                    total_loss (for G, E); all of it: all_losses, train_step
-    Figure 4     the pseudo-Huber loss                  pseudo_huber
+    Section 5    the pseudo-Huber loss of Figure 4      pseudo_huber
     Section 5    8 discriminator unrolling steps        unrolled_generator_loss
     Table 1      the nine experiments                   EXPERIMENTS, --experiment
     Figures 5-22 samples and reconstructions            save_samples, save_reconstructions; D's output: percent
-    Sec. 1, 4    a walk through the latent space        save_interpolations
+    Section 1    a walk through the latent space        save_interpolations
     Section 5    "indicative of mode collapse"          sample_diversity
+    Section 5    reconstructions that fool D            measure: d_on_reconstructions, d_on_samples, d_on_real
 
 Rulings, where the paper is silent
-    - The text does not describe Figures 1-3. The layers here are DCGAN's, on which G is based; D has E's convolutions
-      for x, a dense layer for z, and one of 128 units for both: with 512 or 1024 unrolling collapses, see the README.
-      Layers before a batch norm have no bias.
+    - The text names only the kinds of layers in Figures 1-3. Here they are those of DCGAN's own code: 64 to 512
+      channels, 4x4 kernels. D has convolutions like E's for x, a dense layer for z, and one of 128 units, with the
+      dropout, for both: with 1,024 units samples collapsed where D was unrolled. Layers before batch norm have no bias.
     - Decay 0.97 and dropout 0.8 are TensorFlow's: momentum 0.03 and a probability of 0.2 in torch.
-    - Every pass normalises by its own batch: (x, E(x)) and (G(z), z) go through D one after the other.
+    - In training every pass normalises by its own batch: (x, E(x)) and (G(z), z) go through D one after the other.
+      Figures and results use the running averages, which every pass moves.
     - The pseudo-Huber of Eq. 4, 6 and 7 is taken of each coordinate and averaged: Section 4 wants each dimension of z
       reconstructed. In Eq. 5 it is taken of the norm: H has length 1, and the average over its 9,216 coordinates could
       not exceed 0.0022.
-    - H is AlexNet's features, torchvision's weights, of images resized to 224x224; its last layer is pool5.
+    - H is torchvision's AlexNet, of images resized to 224x224; the last of its features is pool5.
     - G and E minimise -log D(G(z), z) - log(1 - D(x, E(x))), labels swapped, as BiGAN's authors do.
     - Unrolling is that of Metz et al.: G and E are trained against D after K Adam steps on the batch, from D's weights
-      and moments, and through those steps; each draws its own dropout. D itself then takes one step, the first of them.
-    - The second Adam moment decays with 0.999, Adam's usual; weights start as DCGAN's do.
+      and moments, and through those steps; every pass of D draws its own dropout. D itself takes the first of these
+      steps, at the same time as G and E take theirs.
+    - Of the techniques of Salimans et al., whom the paper cites, there is the one it names: label smoothing.
+    - The second Adam moment decays with 0.999, Adam's usual; weights start as DCGAN's do. Batches are drawn with
+      replacement, and not mirrored.
     - A reconstruction is judged as the pair (G(E(x)), E(x)). The walk is drawn between held-out images.
 """
 
@@ -81,7 +86,7 @@ LEAK = 0.2  # slope of the leaky ReLU (Section 5)
 BATCH_NORM_MOMENTUM = 1 - 0.97  # (Section 5)
 DROPOUT = 1 - 0.8  # (Section 5)
 GAMMA = 0.05  # of the pseudo-Huber loss (Section 5)
-BETAS = (0.5, 0.999)  # (Section 5)
+BETAS = (0.5, 0.999)  # the first: Section 5
 INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
@@ -92,7 +97,7 @@ QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "steps": 1700, "unr
 
 
 def conv_widths(image_size, channels):
-    """Channels of E's and D's convolutions, from the image to 4x4: c, 2c, 4c, 8c where S = 64."""
+    """Channels from the image to 4x4, in E and D, and backwards in G: c, 2c, 4c, 8c where S = 64."""
     return [channels * 2**i for i in range(image_size.bit_length() - 3)]
 
 
@@ -159,16 +164,16 @@ class Features(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = torchvision.models.alexnet().features.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def forward(self, x):
         x = F.interpolate((x + 1) / 2, (224, 224), mode="bilinear")
         return F.normalize(self.layers((x - self.mean) / self.std).flatten(1))
 
 
-def build_networks(image_size, channels, latent_dim, stochastic=False, features=False):
-    """The networks by the paper's names: G, E, D and, if asked for, H, whose weights are still to be loaded."""
+def build_networks(image_size, channels, latent_dim, stochastic=False, H=None):
+    """The networks by the paper's names: G, E, D and, if there is one, H."""
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim, stochastic)
     nets["D"] = Discriminator(image_size, channels, latent_dim)
@@ -177,8 +182,8 @@ def build_networks(image_size, channels, latent_dim, stochastic=False, features=
             nn.init.normal_(layer.weight, std=INITIAL_STD)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    if features:
-        nets["H"] = Features()
+    if H:
+        nets["H"] = H
     return nets
 
 
@@ -204,29 +209,31 @@ def generator_loss(d_q, d_p):
 
 
 def unrolled_generator_loss(D, optimizer, pairs, d_q, d_p, unroll):
-    """generator_loss against D after `unroll` Adam steps on this batch, a function of the pairs through every step.
+    """generator_loss against D after `unroll` Adam steps on this batch, differentiable through every step.
 
     pairs: [(x, E(x)), (G(z), z)]; d_q, d_p: D's logits [N, 1] of them; optimizer: D's, from whose state the steps
     start. D, its buffers and the optimizer are left as they are. (Section 5; Metz et al. 2016)
     """
+    if unroll == 0:
+        return generator_loss(d_q, d_p)
     names, parameters = zip(*D.named_parameters())
-    buffers = {name: buffer.clone() for name, buffer in D.named_buffers()}
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    step = torch.as_tensor(states[0].get("step", 0.0), dtype=torch.float64)
-    theta = torch.cat([p.flatten() for p in parameters])
+    buffers = {name: buffer.clone() for name, buffer in D.named_buffers()}  # batch norm writes to these, not to D's
+    states = [optimizer.state.get(p, {"step": 0.0}) for p in parameters]
+    theta = torch.cat([p.flatten() for p in parameters])  # all parameters, one vector [P]; m, v: its moments
     m, v = (
         torch.cat([s.get(name, torch.zeros_like(p)).flatten() for s, p in zip(states, parameters)])
         for name in ("exp_avg", "exp_avg_sq")
     )
+    step = torch.as_tensor(states[0]["step"], dtype=theta.dtype)
     lr, (beta_1, beta_2), eps = (optimizer.param_groups[0][name] for name in ("lr", "betas", "eps"))
     for _ in range(unroll):
         gradients = torch.autograd.grad(discriminator_loss(d_q, d_p), parameters, create_graph=True)
         gradient = torch.cat([g.flatten() for g in gradients])
-        step = step + 1
         m = beta_1 * m + (1 - beta_1) * gradient
         v = beta_2 * v + (1 - beta_2) * gradient**2
-        root = (v / (1 - beta_2**step) + TINY).sqrt()
-        theta = theta - lr / (1 - beta_1**step) * m / (root + eps)
+        step = step + 1
+        m_hat, v_hat = (-moment / torch.expm1(step * math.log(beta)) for moment, beta in ((m, beta_1), (v, beta_2)))
+        theta = theta - lr * m_hat / ((v_hat + TINY).sqrt() + eps)
         parts = theta.split([p.numel() for p in parameters])
         parameters = [part.view_as(p) for part, p in zip(parts, parameters)]
         state = {**dict(zip(names, parameters)), **buffers}
@@ -235,7 +242,7 @@ def unrolled_generator_loss(D, optimizer, pairs, d_q, d_p, unroll):
 
 
 def pseudo_huber(t):
-    """Figure 4: gamma (sqrt(1 + (t / gamma)^2) - 1) with gamma = 0.05, of each element: |t| where it is large."""
+    """Section 5: gamma (sqrt(1 + (t / gamma)^2) - 1) with gamma = 0.05, of each element; |t| - gamma for large |t|."""
     return GAMMA * ((1 + (t / GAMMA) ** 2).sqrt() - 1)
 
 
@@ -268,7 +275,8 @@ def all_losses(nets, optimizers, x, z, weights, unroll):
     """The losses of one forward pass: images x [N, 3, S, S] in [-1, 1] and latents z [N, Z] -> {name: scalar}.
 
     `D` and `G_E` are for the networks of that name to minimise; the other names are the terms of `G_E`, whose weights
-    are {name: number}. A term of weight 0 is left out, and not computed. unroll: K, 0 for none.
+    are {name: number}. A term of weight 0 is left out, and not computed. unroll: K, 0 for none; the steps start from
+    the state of optimizers["D"].
     """
     G, E, D = nets["G"], nets["E"], nets["D"]
     x_hat, z_hat = G(z), E(x)
@@ -430,12 +438,30 @@ def parse_args(argv):
     parser.error = fail
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-    table = "the row of Table 1 that sets the three weights; those given by hand come before it"
+    table = "the row of Table 1 that sets the weights; the next three arguments override it"
     add("--experiment", choices=EXPERIMENTS, default="EX7", help=table)
-    add("--lambda-ad", type=float, help="lambda_1, weight of Eq. 6: latents z against E(G(z))")
-    add("--lambda-ae", type=float, help="lambda_2, weight of Eq. 4: pixels of x against G(E(x))")
-    add("--lambda-h", type=float, help="lambda_3, weight of Eq. 5: AlexNet's features of x against G(E(x))")
-    add("--alexnet-weights", help="torchvision's alexnet-owt-7be5be79.pth; downloaded if lambda_3 is above 0")
+    add(
+        "--lambda-ad",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="lambda_1, weight of Eq. 6: latents z against E(G(z))",
+    )
+    add(
+        "--lambda-ae",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="lambda_2, weight of Eq. 4: pixels of x against G(E(x))",
+    )
+    add(
+        "--lambda-h",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="lambda_3, weight of Eq. 5: AlexNet's features of x against G(E(x))",
+    )
+    add(
+        "--alexnet-weights",
+        help="torchvision's alexnet-owt-7be5be79.pth; if not given, downloaded where lambda_3 is above 0",
+    )
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
     add("--out", default="runs/bigan_latent", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
@@ -447,7 +473,7 @@ def parse_args(argv):
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 5)")
     add("--latent-dim", type=int, default=100, help="dimensions Z of the latents (Section 5)")
     add("--stochastic-encoder", action="store_true", help="E gives a mean and a variance (footnote 1)")
-    add("--channels", type=int, default=64, help="width of the convolutions next to the image (DCGAN's)")
+    add("--channels", type=int, default=64, help="width of the layers next to the image (DCGAN's code)")
     add("--lr", type=float, default=2e-4, help="learning rate (Section 5)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
@@ -494,17 +520,22 @@ def load_checkpoint(path):
     fail(f"{path} is not a checkpoint of bigan_latent.py: give another --out")
 
 
-def load_alexnet(H, path):
-    """Load the weights of H from the file at path, or from torchvision if that is None."""
+def load_features(path):
+    """H, with AlexNet's weights from the file at path, or from torchvision if that is None."""
+    H, name = Features(), "alexnet-owt-7be5be79.pth"
     try:
         if path is None:
-            weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+            source = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
+            weights = source.get_state_dict(check_hash=True, weights_only=True)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        H.layers.load_state_dict({k[9:]: weight for k, weight in weights.items() if k.startswith("features.")})
+        features = {k.removeprefix("features."): w for k, w in weights.items() if k.startswith("features.")}
+        H.layers.load_state_dict(features)
     except Exception as error:  # the network, the disk and torch.load raise many kinds
-        what = "AlexNet's weights cannot be downloaded" if path is None else f"{path} does not hold AlexNet's weights"
-        fail(f"{what} ({str(error).splitlines()[0]}): give torchvision's alexnet-owt-7be5be79.pth to --alexnet-weights")
+        if path is None:
+            fail(f"AlexNet's weights cannot be downloaded ({error}): give torchvision's {name} to --alexnet-weights")
+        fail(f"{path} does not hold AlexNet's weights: give torchvision's {name}")
+    return H
 
 
 def train(args, nets, optimizers, data, z, run):
@@ -535,7 +566,7 @@ def train(args, nets, optimizers, data, z, run):
         save_due = step % args.save_every == 0 or step == args.steps or stop
         if not (save_due or step % args.log_every == 0 or step == 10):
             continue
-        losses["L_AD_q"] = heldout_autodecoder_loss_q(nets, data, z.device)
+        losses["autodecoder_q"] = heldout_autodecoder_loss_q(nets, data, z.device)
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
         seconds = time.perf_counter() - last_time
         broken = [f"loss {name}" for name, value in values.items() if not math.isfinite(value)]
@@ -565,6 +596,9 @@ def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
     out, device = Path(args.out), torch.device(args.device)
+    H = None
+    if args.lambda_h > 0:
+        H = Features() if checkpoint else load_features(args.alexnet_weights)  # a checkpoint has its weights
     try:
         data = load_data(args.data, args.image_size)
     except DataError as error:
@@ -577,10 +611,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     sizes = args.image_size, args.channels, args.latent_dim
-    nets = build_networks(*sizes, args.stochastic_encoder, features=args.lambda_h > 0)
-    if "H" in nets and not checkpoint:
-        load_alexnet(nets["H"], args.alexnet_weights)
-    nets.to(device)
+    nets = build_networks(*sizes, args.stochastic_encoder, H).to(device)
     optimizers = build_optimizers(nets, args.lr)
     z = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)) * 2 - 1  # the same in every run
     z = z.to(device)
@@ -598,7 +629,11 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {out} cannot be made: {error.strerror}")
-    print(f"{args.experiment} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
+    weights = f"weights {args.lambda_ad:g}, {args.lambda_ae:g}, {args.lambda_h:g}"
+    print(
+        f"{args.experiment}, {weights}, on {len(data.train)} images of {args.data}, on {device}, into {out}/",
+        flush=True,
+    )
     if not args.eval:
         train(args, nets, optimizers, data, z, run)
 
