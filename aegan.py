@@ -410,7 +410,8 @@ def parse_args(argv):
         minimum = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
         if minimum is not None and not minimum <= value < 2**63:
             fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {minimum}")
-    free = ("data", "log_every", "save_every") if args.eval else ("data", "log_every", "save_every", "steps")
+    free = {"data", "log_every", "save_every"}
+    free |= set() if args.eval else {"steps"}
     for name, value in checkpoint["config"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in free:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")

@@ -494,7 +494,8 @@ def parse_args(argv):
         minimum = {int: 0 if name in ("seed", "unroll") else 1, float: 0}.get(type(value))
         if minimum is not None and not minimum <= value < 2**63:
             fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {minimum}")
-    free = ["data", "alexnet_weights", "log_every", "save_every"] + ([] if args.eval else ["steps"])
+    free = {"data", "log_every", "save_every", "alexnet_weights"}
+    free |= set() if args.eval else {"steps"}
     for name, value in checkpoint["config"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in free:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")

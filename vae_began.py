@@ -487,7 +487,7 @@ def parse_args(argv):
         fail(f"--gains cannot be {' '.join(map(str, args.gains))}: they must be at least 0")
     if 0 < args.inception_samples < 10:
         fail(f"--inception-samples cannot be {args.inception_samples}: it must be 0 or at least 10")
-    free = {"data", "attribute", "inception_samples", "inception_weights", "log_every", "save_every"}
+    free = {"data", "log_every", "save_every", "attribute", "inception_samples", "inception_weights"}
     free |= set() if args.eval else {"steps"}
     for name, value in checkpoint["config"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in free:
