@@ -439,29 +439,12 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     table = "the row of Table 1 that sets the weights; the next three arguments override it"
+    weight = {"type": float, "default": argparse.SUPPRESS}  # see EXPERIMENTS
     add("--experiment", choices=EXPERIMENTS, default="EX7", help=table)
-    add(
-        "--lambda-ad",
-        type=float,
-        default=argparse.SUPPRESS,
-        help="lambda_1, weight of Eq. 6: latents z against E(G(z))",
-    )
-    add(
-        "--lambda-ae",
-        type=float,
-        default=argparse.SUPPRESS,
-        help="lambda_2, weight of Eq. 4: pixels of x against G(E(x))",
-    )
-    add(
-        "--lambda-h",
-        type=float,
-        default=argparse.SUPPRESS,
-        help="lambda_3, weight of Eq. 5: AlexNet's features of x against G(E(x))",
-    )
-    add(
-        "--alexnet-weights",
-        help="torchvision's alexnet-owt-7be5be79.pth; if not given, downloaded where lambda_3 is above 0",
-    )
+    add("--lambda-ad", **weight, help="lambda_1, weight of Eq. 6: latents z against E(G(z))")
+    add("--lambda-ae", **weight, help="lambda_2, weight of Eq. 4: pixels of x against G(E(x))")
+    add("--lambda-h", **weight, help="lambda_3, weight of Eq. 5: AlexNet's features of x against G(E(x))")
+    add("--alexnet-weights", help="torchvision's alexnet-owt-7be5be79.pth; downloaded if needed and not given")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
     add("--out", default="runs/bigan_latent", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
