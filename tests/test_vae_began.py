@@ -826,6 +826,7 @@ def test_quick_sets_what_its_help_says(cli, monkeypatch):
         (["--gains", 1, 2], ["--gains"]),
         (["--gains", "nan", 0, 0], ["--gains", "nan"]),
         (["--gains", 0, "inf", 0], ["--gains", "inf", "at least 0"]),
+        (["--gains", 0, 0, "-0.5"], ["--gains", "-0.5", "at least 0"]),
         (["--step", 5], ["--step"]),
         (["--steps", 0], ["--steps", "0", "at least 1"]),
         (["--steps", "many"], ["--steps", "many"]),
