@@ -90,7 +90,10 @@ def conv(c_in, c_out, stride=1):
 
 
 class Encoder(nn.Sequential):
-    """Images [N, 3, S, S] -> [N, outputs]: blocks of n, 2n, 3n, ... channels, halved in between down to 8x8."""
+    """Images [N, 3, S, S] -> [N, outputs]: blocks of n, 2n, 3n, ... channels, halved in between down to 8x8.
+
+    E, with 2 Z outputs, means and log-variances; and the first half of D, with Z.
+    """
 
     def __init__(self, image_size, filters, outputs):
         blocks = image_size.bit_length() - 3  # R = log2(S) - 2
@@ -103,7 +106,10 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """G: latents [N, Z] -> images [N, 3, S, S], about in [-1, 1]: blocks of n channels, doubled in between from 8x8."""
+    """Latents [N, Z] -> images [N, 3, S, S], about in [-1, 1]: blocks of n channels, doubled in between from 8x8.
+
+    G, and the second half of D.
+    """
 
     def __init__(self, image_size, filters, latent_dim):
         blocks = image_size.bit_length() - 3
