@@ -87,6 +87,7 @@ def _load_folder(folder, size, seed):
     attributes, table = _read_attributes(folder)
 
     def read(path):
+        """The image, or None."""
         try:
             return read_image(path, size)
         except Exception:  # Pillow's decoders raise many kinds: what cannot be read is skipped and counted
