@@ -781,7 +781,8 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
         seen.append((x.shape, z_g.shape, epsilon.shape, weights, list(nets["controller"].gains), rates))
         return train_step(nets, optimizers, x, z_g, epsilon, **weights)
 
-    seen, vectors, train_step = [], [], vae_began.train_step
+    seen, vectors, measured, train_step = [], [], [], vae_began.train_step
+    monkeypatch.setattr(vae_began, "measure", lambda nets, data, z, weights, *_: measured.append(weights) or {})
     monkeypatch.setattr(vae_began, "train_step", spy)
     monkeypatch.setattr(vae_began, "save_figures", lambda nets, data, z, *args, **_: vectors.append(z))
     settings = "--alpha 3 --beta 4 --gamma 5 --eta 6 --gains 0.1 0.2 0.3 --lr 1e-3 --latent-dim 7".split()
@@ -792,6 +793,7 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
     third = {"alpha": 0.3, "beta": 0.1, "gamma": 0.1, "eta": 0.5}, [1e-3, 1e-5, 1e-5]
     third = *third, dict.fromkeys(losses, (5e-5, (0.9, 0.999)))
     assert seen == [((4, 3, 16, 16), (4, 7), (4, 7), *rest) for rest in (first, first, third)]
+    assert measured == [first[0], first[0], third[0]]
     assert all(torch.equal(z, vectors[0]) for z in vectors) and len(vectors) == 6  # the same vectors whatever the seed
 
 
