@@ -9,9 +9,9 @@ What makes G(E(x)) like x is not a distance of pixels but a third player, a disc
 (x, a(x)), an image and a random augmentation of it, a cropped one say, from (x, G(E(x))). So G(E(x)) must show what x
 shows, but not at the same pixels. D(x) matches G's samples to the images, and D(z) matches E's latents to the prior.
 
-    python pagan.py --quick                                    # cartoon faces within three minutes on two CPU cores
-    python pagan.py --data photos/ --out runs/photos           # the paper's set-up on a folder of images
-    python pagan.py --reconstruction l1 --out runs/l1          # PAGAN-L1, a row of the ablation study
+    python pagan.py --quick                              # cartoon faces within three minutes on two CPU cores
+    python pagan.py --data photos/ --out runs/photos     # the paper's set-up on a folder of images
+    python pagan.py --reconstruction l1 --out runs/l1    # PAGAN-L1, a row of the ablation study
 
 paper -> code
     Diagram                     G, E and the discriminators    Generator, Encoder, ImageDiscriminator (of x, and of
@@ -70,7 +70,8 @@ BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D(z)'s layers
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, in sides of the image
 CONTRAST = (0.5, 1.5)  # least and greatest factor
-QUICK = {"image_size": 16, "channels": 16, "steps": 1500, "lr": 5e-4, "classifier": "none", "save_every": 500}
+QUICK = {"image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2400, "lr": 3e-4}
+QUICK |= {"classifier": "none", "save_every": 800}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks

@@ -55,11 +55,13 @@ def classes_of_attributes(data):
 
 def load_subfolders(folder, size):
     """Images and class numbers of the sub-folders of a folder, nine tenths of them and the last tenth."""
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
-    random.Random(0).shuffle(paths)
-    names = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != Path(folder)})
+    folder = Path(folder)
+    paths = [path for path in sorted(folder.glob("*/**/*")) if path.suffix.lower() in SUFFIXES]
+    names = sorted({path.relative_to(folder).parts[0] for path in paths})
+    if len(names) < 2:
+        sys.exit(f"make_classifier.py: error: {folder} has neither attributes nor two sub-folders of images")
     print("sub-folders:", ", ".join(names))
-    paths = [path for path in paths if path.parent != Path(folder)]
+    random.Random(0).shuffle(paths)
     images = torch.stack([read_image(path, size) for path in paths])
     classes = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in paths])
     split = len(images) - len(images) // 10
@@ -84,8 +86,6 @@ def main():
     else:
         images, heldout, classes, heldout_classes = load_subfolders(args.data, args.image_size)
     count = int(classes.max()) + 1
-    if count < 2:
-        sys.exit(f"make_classifier.py: error: {args.data} has neither attributes nor two sub-folders of images")
     net, start, pad = Classifier(count), time.time(), max(1, args.image_size // 16)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=args.steps)

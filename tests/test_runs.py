@@ -1,0 +1,318 @@
+"""What all scripts do alike on the command line: resume to the same bits, survive a kill, refuse bad input, ..."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import TINY, assert_refused, assert_same, files, load, start
+from PIL import Image
+
+from common import draw_faces
+
+# For each script: its small arguments, one of its loss functions and the loss that this breaks, a network, input that
+# it alone refuses, and settings of a run that it does not change.
+SCRIPTS = {
+    "aegan": {
+        "tiny": TINY,
+        "breaks": ("image_reconstruction_loss", "G_E"),
+        "network": "E",
+        "bad": [
+            (["--model", "vae"], ["--model", "vae", "aegan"]),
+            (["--lambda-rx", "nan"], ["--lambda-rx", "nan"]),
+        ],
+        "fixed": [(["--eval", "--model", "gan"], ["model = aegan, not gan"])],
+    },
+    "bigan_latent": {
+        "tiny": [*TINY, "--unroll", 1],
+        "breaks": ("autodecoder_loss", "G_E"),
+        "network": "D",
+        "bad": [
+            (["--experiment", "EX10"], ["--experiment", "EX10", "EX9"]),
+            (["--unroll", -1], ["--unroll", "-1", "at least 0"]),
+            (["--lambda-ae", "nan"], ["--lambda-ae", "nan"]),
+            (["--lambda-h", 1, "--alexnet-weights", "missing.pth"], ["missing.pth", "alexnet-owt-7be5be79.pth"]),
+            (["--lambda-h", 1, "--alexnet-weights", "other/checkpoint.pt"], ["other/checkpoint.pt", "AlexNet"]),
+        ],
+        "fixed": [
+            (["--eval", "--experiment", "EX8"], ["experiment = EX7, not EX8"]),
+            (["--resume", "--unroll", 0], ["unroll = 1, not 0"]),
+        ],
+    },
+    "vae_began": {
+        "tiny": ["--filters" if argument == "--channels" else argument for argument in TINY],
+        "breaks": ("pixel_loss", "L_gen"),
+        "network": "D",
+        "bad": [
+            (["--model", "vae"], ["--model", "vae", "began-lsm"]),
+            (["--gains", 1, 2], ["--gains"]),
+            (["--gains", "nan", 0, 0], ["--gains", "nan"]),
+            (["--gains", 0, "inf", 0], ["--gains", "inf", "at least 0"]),
+            (["--gains", 0, 0, "-0.5"], ["--gains", "-0.5", "at least 0"]),
+            (["--gamma", "nan"], ["--gamma", "nan"]),
+            (["--inception-samples", 5], ["--inception-samples", "5", "10"]),
+            (["--inception-samples", 20, "--inception-weights", "missing.pth"], ["missing.pth", "inception_v3_google"]),
+            (["--inception-samples", 20, "--inception-weights", "other/checkpoint.pt"], ["checkpoint.pt", "Inception"]),
+            (["--attribute", "beard"], ["--attribute beard", "none"]),
+        ],
+        "fixed": [
+            (["--eval", "--model", "began"], ["model = vae-began, not began"]),
+            (["--resume", "--gains", 1, 2, 3], ["gains = [0.001, 1e-05, 1e-05], not [1.0, 2.0, 3.0]"]),
+        ],
+    },
+    "pagan": {
+        "tiny": [*TINY, "--classifier", "none"],
+        "breaks": ("pair_loss", "L_g"),
+        "network": "D_xx",
+        "bad": [
+            (["--reconstruction", "l2"], ["--reconstruction", "l2", "pair"]),
+            (["--augmentation", "flip"], ["--augmentation", "flip", "contrast"]),
+            (["--crop", "-0.1"], ["--crop", "-0.1", "at least 0"]),
+            (["--crop", 0.6], ["--crop", "0.6", "at most 0.5"]),
+            (["--l1-weight", "nan"], ["--l1-weight", "nan"]),
+            (["--samples", 5], ["--samples", "5", "10"]),
+            (["--classifier", "missing.pt"], ["--classifier missing.pt", "[N, 3, 16, 16]"]),
+            (["--classifier", "other/checkpoint.pt"], ["--classifier other/checkpoint.pt"]),
+            (["--classifier", "inception", "--inception-weights", "missing.pth"], ["missing.pth", "inception_v3_goo"]),
+        ],
+        "fixed": [
+            (["--eval", "--augmentation", "none"], ["augmentation = crop, not none"]),
+            (["--resume", "--crop", 0.2], ["crop = 0.1, not 0.2"]),
+        ],
+    },
+}
+BAD = [
+    (["--data", "missing"], ["missing", "folder"]),
+    (["--data", "empty"], ["empty", "0 readable images", "at least 20"]),
+    (["--data", "PHOTOS", "--batch-size", 28], ["27 images", "--batch-size 28"]),
+    (["--image-size", 48], ["--image-size", "48", "64"]),
+    (["--step", 5], ["--step"]),
+    (["--steps", 0], ["--steps", "0", "at least 1"]),
+    (["--steps", "many"], ["--steps", "many"]),
+    (["--lr", -1], ["--lr", "-1"]),
+    (["--seed", 2**70], ["--seed"]),
+    (["--device", "abacus"], ["--device abacus"]),
+    (["--device", "meta"], ["--device meta"]),
+    (["--resume"], ["checkpoint.pt", "leave out --resume"]),
+    (["--eval"], ["checkpoint.pt", "--eval"]),
+    (["--data", "PHOTOS", "--out", "file"], ["--out file"]),
+    (["--resume", "--out", "other"], ["other", "not a checkpoint of SCRIPT.py"]),
+    (["--resume", "--out", "noise"], ["noise", "not a checkpoint of SCRIPT.py"]),
+]
+FIXED = [
+    (["--resume", "--image-size", 32], ["image_size = 16, not 32"]),
+    (["--eval", "--steps", 9], ["steps = 6, not 9"]),
+    (["--resume", "--steps", 5], ["at step 6 already", "--steps 5"]),
+    (["--resume", "--data", "OTHER"], ["does not hold the images"]),
+]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def script(name):
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def tiny(name, photos):
+    """Arguments of a small run."""
+    return ["--data", photos, *SCRIPTS[name]["tiny"]]
+
+
+@pytest.fixture(scope="module")
+def finished(script, tiny, tmp_path_factory):
+    """A run of six steps, never stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    script.main([str(argument) for argument in (*tiny, "--steps", 6, "--out", folder)])
+    return folder
+
+
+def log_of(folder):
+    header, *rows = csv.reader((folder / "log.csv").open())
+    return header, rows
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(script, tiny, tmp_path, cli, finished):
+    for seed in (0, 1):
+        cli(script, *tiny, "--steps", 6, "--out", tmp_path / str(seed), "--seed", seed)
+    assert_same(load(finished), load(tmp_path / "0"))
+    assert (finished / "log.csv").read_bytes() == (tmp_path / "0" / "log.csv").read_bytes()
+    assert log_of(tmp_path / "0")[1][0] != log_of(tmp_path / "1")[1][0]
+
+
+def test_a_resumed_run_ends_in_the_same_bits(script, tiny, tmp_path, cli, finished):
+    run = tmp_path / "run"
+    cli(script, *tiny, "--steps", 4, "--out", run)
+    assert cli(script, "--resume", "--out", run, "--steps", 6, "--device", "cpu").status == 0
+    assert_same(load(finished), load(run))
+    assert (finished / "log.csv").read_bytes() == (run / "log.csv").read_bytes()
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (finished, run))
+    assert {**a, "steps_per_second": 0} == {**b, "steps_per_second": 0}
+
+
+def test_killed_at_any_moment_a_run_resumes(name, script, tiny, tmp_path, cli, finished):
+    process = start(name, *tiny, "--steps", 100_000, "--out", "run", cwd=tmp_path)
+    run, deadline = tmp_path / "run", time.time() + 120
+    while len(list(run.glob("samples_*.png"))) < 2 and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    step = load(run)["step"]
+    assert step % 2 == 0 and step >= 2
+    with (run / "log.csv").open("a") as log:  # lines from after the checkpoint, the last one cut off in the middle
+        log.write(f"{step + 50},1,1,1,1,1,1\n1")
+    assert cli(script, "--resume", "--out", run, "--steps", step + 3, "--device", "cpu").status == 0
+    assert cli(script, *tiny, "--steps", step + 3, "--out", tmp_path / "whole").status == 0
+    assert_same(load(tmp_path / "whole"), load(run))
+    assert (tmp_path / "whole" / "log.csv").read_bytes() == (run / "log.csv").read_bytes()
+
+
+def test_a_run_killed_while_it_saves_keeps_the_checkpoint_before(script, tiny, tmp_path, cli, finished, monkeypatch):
+    def killed(content, path):
+        if content["step"] == 4:
+            path.write_bytes(b"half a checkpoint")
+            raise MemoryError
+        save(content, path)
+
+    save, run = torch.save, tmp_path / "run"
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(MemoryError):
+        cli(script, *tiny, "--steps", 6, "--out", run)
+    monkeypatch.undo()
+    assert load(run)["step"] == 2
+    assert cli(script, "--resume", "--out", run, "--device", "cpu").status == 0
+    assert_same(load(finished), load(run))
+
+
+def test_a_log_that_is_lost_or_left_over_begins_with_its_header(script, tiny, tmp_path, cli, finished):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.csv").write_text("left over from a run that was killed before its first checkpoint")
+    cli(script, *tiny, "--steps", 4, "--out", run)
+    assert (finished / "log.csv").read_bytes().startswith((run / "log.csv").read_bytes())
+    (run / "log.csv").unlink()
+    cli(script, "--resume", "--out", run, "--steps", 6, "--device", "cpu")
+    header, rows = log_of(run)
+    assert header[0] == "step" and [row[0] for row in rows] == ["5", "6"]
+
+
+def test_ctrl_c_saves_and_leaves(script, tiny, tmp_path, cli, finished, monkeypatch):
+    def step_then_ctrl_c(*args, **weights):
+        counts.append(1)
+        if len(counts) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args, **weights)
+
+    counts, train_step, run = [], script.train_step, tmp_path / "run"
+    monkeypatch.setattr(script, "train_step", step_then_ctrl_c)
+    result = cli(script, *tiny, "--steps", 6, "--out", run)
+    assert result.status == 130 and "stopped after step 3" in result.out and "--resume" in result.out
+    assert load(run)["step"] == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert cli(script, "--resume", "--out", run, "--device", "cpu").status == 0
+    assert_same(load(finished), load(run))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    name, script, tiny, tmp_path, cli, monkeypatch
+):
+    def bad(*args):
+        counts.append(1)
+        return loss(*args) * (math.nan if len(counts) == 4 else 1)
+
+    function, broken = SCRIPTS[name]["breaks"]
+    counts, run, loss = [], tmp_path / "run", getattr(script, function)
+    monkeypatch.setattr(script, function, bad)
+    result = cli(script, *tiny, "--steps", 6, "--out", run)
+    assert_refused(result, "step 4", f"loss {broken} is not finite", run / "checkpoint.pt")
+    assert load(run)["step"] == 2 and all(p.isfinite().all() for p in load(run)["networks"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(name, script, tiny, tmp_path, cli, monkeypatch):
+    def break_weights(nets, *args, **weights):
+        losses = train_step(nets, *args, **weights)
+        counts.append(1)
+        next(nets[network].parameters()).data.fill_(math.inf if len(counts) == 2 else 0)
+        return losses
+
+    counts, train_step, run, network = [], script.train_step, tmp_path / "run", SCRIPTS[name]["network"]
+    monkeypatch.setattr(script, "train_step", break_weights)
+    result = cli(script, *tiny, "--log-every", 50, "--steps", 6, "--out", run)
+    assert_refused(result, "step 2", f"weight {network}.", "not finite")
+    assert load(run)["step"] == 0
+
+
+def test_eval_writes_the_same_figures_and_results_again(script, cli, finished):
+    before = {file: (finished / file).read_bytes() for file in files(finished)}
+    for file in before:
+        if file.startswith("figure") or file in ("results.json", "reconstructions.png"):
+            (finished / file).unlink()
+    assert cli(script, "--eval", "--out", finished, "--device", "cpu").status == 0
+    assert {file: (finished / file).read_bytes() for file in files(finished)} == before
+
+
+def test_the_first_line_says_how_long_a_cpu_will_take(script, tiny, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(script, "train_step", lambda *args, **_: {"loss": torch.tensor(1.0)})
+    hours = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(script.time, "perf_counter", lambda: next(hours))
+    forty = ["--save-every", 40, "--log-every", 40, "--steps", 40, "--out", tmp_path / "run"]
+    _, first, second, *_ = cli(script, *tiny, *forty).out.splitlines()
+    assert first.startswith("step 10 ") and "3:00:00 left" in first and "--quick" in second
+
+
+def test_quick_sets_what_its_help_says(script, cli, monkeypatch):
+    args, _ = script.parse_args(["--quick", "--out", "nowhere", "--steps", "7"])
+    assert {key: getattr(args, key) for key in script.QUICK} == {**script.QUICK, "steps": 7}
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = cli(script, "--help").out
+    for key, value in script.QUICK.items():
+        assert f"--{key.replace('_', '-')} {value}" in shown
+
+
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
+    name, script, tiny, photos, tmp_path, cli, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "other", "noise"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    torch.save({"script": "another", "step": 3}, "other/checkpoint.pt")
+    (tmp_path / "noise" / "checkpoint.pt").write_bytes(b"noise")
+    before = files(tmp_path)
+    for arguments, words in BAD + SCRIPTS[name]["bad"]:
+        arguments = [photos if argument == "PHOTOS" else argument for argument in arguments]
+        result = cli(script, *tiny, "--steps", 2, *arguments)
+        assert_refused(result, *(word.replace("SCRIPT", name) for word in words))
+        assert result.out == "" and files(tmp_path) == before, arguments
+
+
+def test_another_run_s_folder_is_left_alone(name, script, tiny, photos, tmp_path, cli, finished):
+    for i, image in enumerate(draw_faces(25, 16, seed=5)[0]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    before = {file: (finished / file).read_bytes() for file in files(finished)}
+    again = ([*tiny, "--steps", 2], ["holds a run", "--resume", "another --out"])
+    for arguments, words in [again, *FIXED, *SCRIPTS[name]["fixed"]]:
+        arguments = [tmp_path if argument == "OTHER" else argument for argument in arguments]
+        result = cli(script, *arguments, *(() if "--data" in arguments else ("--data", photos)), "--out", finished)
+        assert_refused(result, *words)
+        assert {file: (finished / file).read_bytes() for file in files(finished)} == before, arguments
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_a_resumed_run_goes_on_with_the_same_random_numbers(script, tiny, tmp_path, cli):
+    tiny = [*tiny, "--device", "cuda"]
+    assert cli(script, *tiny, "--steps", 6, "--out", tmp_path / "whole").status == 0
+    assert cli(script, *tiny, "--steps", 4, "--out", tmp_path / "run").status == 0
+    assert cli(script, "--resume", "--steps", 6, "--out", tmp_path / "run").status == 0
+    a, b = load(tmp_path / "whole"), load(tmp_path / "run")
+    assert torch.equal(a["random"]["cuda"], b["random"]["cuda"])
+    for key, weight in a["networks"].items():
+        torch.testing.assert_close(weight, b["networks"][key], atol=2e-3, rtol=1e-2)
