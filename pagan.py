@@ -70,8 +70,8 @@ BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D(z)'s layers
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, in sides of the image
 CONTRAST = (0.5, 1.5)  # least and greatest factor
-QUICK = {"image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2400, "lr": 3e-4}
-QUICK |= {"classifier": "none", "save_every": 800}
+QUICK = {"image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2200, "lr": 3e-4}
+QUICK |= {"classifier": "none", "save_every": 1000}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
