@@ -36,6 +36,7 @@ class Data(NamedTuple):
     attributes: tuple[str, ...]  # names of the A yes/no attributes, () where the data has none
     train_labels: Tensor  # bool [M, A]
     heldout_labels: Tensor  # bool [H, A]
+    paths: tuple[Path, ...] = ()  # of the M and the H images, where they come from a folder
 
 
 def load_data(name, size, seed=0, root="data"):
@@ -44,17 +45,18 @@ def load_data(name, size, seed=0, root="data"):
     size: side S of the square images in pixels. seed: of the shuffle (of the drawing for `faces`). root: where
     torchvision's data sets are downloaded to. Returns Data, (M + H) * 3 * S * S bytes. Raises DataError.
     """
+    paths = ()
     torchvision_sets = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}
     if name == "faces":
         images, attributes, labels = draw_faces(10_000, size, seed)
     elif name in torchvision_sets:
         images, attributes, labels = _load_torchvision(torchvision_sets[name], size, seed, root)
     else:
-        images, attributes, labels = _load_folder(Path(name), size, seed)
+        images, attributes, labels, paths = _load_folder(Path(name), size, seed)
     if len(images) < 20:  # two held out
         raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least 20")
     split = len(images) - len(images) // 10
-    return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:])
+    return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:], tuple(paths))
 
 
 def to_float(images):
@@ -110,7 +112,7 @@ def _load_folder(folder, size, seed):
         if path.name not in table:
             raise DataError(f"{path} has no row in the attribute file: add one, or take the image away")
     labels = torch.tensor([table[path.name] if attributes else [] for path in used], dtype=torch.bool)
-    return images[: len(used)], attributes, labels
+    return images[: len(used)], attributes, labels, used
 
 
 def _read_attributes(folder):

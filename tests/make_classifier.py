@@ -10,9 +10,9 @@ class for each of its sub-folders. The result takes images [N, 3, S, S] in [-1, 
 """
 
 import argparse
-import random
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import SUFFIXES, DataError, load_data, read_image, to_float
+from common import DataError, load_data, to_float
 
 
 class Classifier(nn.Module):
@@ -47,44 +47,41 @@ def classes_of_attributes(data):
     if len(data.train_labels.unique(dim=0)) > 100:
         names = sorted(names, key=lambda i: abs(shares[i] - 0.5))[:5]
         print("attributes:", ", ".join(data.attributes[i] for i in names))
-    numbers = [(labels[:, list(names)].long() * 2 ** torch.arange(len(names))).sum(1) for labels in data[3:]]
+    numbers = [(labels[:, list(names)].long() * 2 ** torch.arange(len(names))).sum(1) for labels in data[3:5]]
     classes = numbers[0].unique()
     found = [(number[:, None] == classes).long().max(1) for number in numbers]
     return [torch.where(there == 1, index, -1) for there, index in found]
 
 
-def load_subfolders(folder, size):
-    """Images and class numbers of the sub-folders of a folder, nine tenths of them and the last tenth."""
-    folder = Path(folder)
-    paths = [path for path in sorted(folder.glob("*/**/*")) if path.suffix.lower() in SUFFIXES]
-    names = sorted({path.relative_to(folder).parts[0] for path in paths})
-    if len(names) < 2:
-        sys.exit(f"make_classifier.py: error: {folder} has neither attributes nor two sub-folders of images")
-    print("sub-folders:", ", ".join(names))
-    random.Random(0).shuffle(paths)
-    images = torch.stack([read_image(path, size) for path in paths])
-    classes = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in paths])
-    split = len(images) - len(images) // 10
-    return images[:split], images[split:], classes[:split], classes[split:]
+def classes_of_subfolders(data, folder):
+    """Numbers of the sub-folders of the training and the held-out images, int64 [M], [H]; -1 for one in the folder."""
+    names = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in data.paths]
+    classes = sorted(set(names) - {None})
+    print("sub-folders:", ", ".join(classes))
+    numbers = torch.tensor([classes.index(name) if name else -1 for name in names])
+    return numbers[: len(data.train)], numbers[len(data.train) :]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="faces", help="as in pagan.py")
-    parser.add_argument("--image-size", type=int, default=16, help="that of pagan.py's run")
+    parser.add_argument("--image-size", type=int, choices=(16, 32, 64), default=16, help="that of pagan.py's run")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--out", default="classifier.pt")
+    parser.add_argument("--out", type=Path, default="classifier.pt")
     args = parser.parse_args()
     torch.manual_seed(0)
     try:
         data = load_data(args.data, args.image_size)
-    except DataError as error:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except (DataError, OSError) as error:
         sys.exit(f"make_classifier.py: error: {error}")
     if data.attributes:
-        images, heldout = data.train, data.heldout
         classes, heldout_classes = classes_of_attributes(data)
     else:
-        images, heldout, classes, heldout_classes = load_subfolders(args.data, args.image_size)
+        classes, heldout_classes = classes_of_subfolders(data, Path(args.data))
+    images, classes = data.train[classes >= 0], classes[classes >= 0]
+    if len(classes.unique()) < 2:
+        sys.exit(f"make_classifier.py: error: {args.data} has neither attributes nor two sub-folders of images")
     count = int(classes.max()) + 1
     net, start, pad = Classifier(count), time.time(), max(1, args.image_size // 16)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
@@ -102,10 +99,12 @@ def main():
             print(f"step {step + 1}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
     net.eval()
     with torch.no_grad():
-        answers = torch.cat([net(to_float(part))[0].argmax(1) for part in heldout.split(250)])
+        answers = torch.cat([net(to_float(part))[0].argmax(1) for part in data.heldout.split(250)])
     right = (answers == heldout_classes).float().mean()
     print(f"{count} classes, {100 * right:.1f} percent of the held-out images are right")
-    torch.jit.save(torch.jit.trace(net, torch.zeros(2, 3, args.image_size, args.image_size)), args.out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+        torch.jit.save(torch.jit.trace(net, torch.zeros(2, 3, args.image_size, args.image_size)), args.out)
 
 
 if __name__ == "__main__":

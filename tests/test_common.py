@@ -95,6 +95,8 @@ def test_a_folder_is_searched_and_split_with_a_seed(photos):
     assert data.train.shape == (27, 3, 16, 16) and data.heldout.shape == (3, 3, 16, 16)
     assert data.train.dtype == data.heldout.dtype == torch.uint8
     assert data.attributes == () and data.train_labels.shape == (27, 0) and data.heldout_labels.shape == (3, 0)
+    for path, image in zip(data.paths, torch.cat([data.train, data.heldout]), strict=True):
+        assert torch.equal(common.read_image(path, 16), image)
     everything = {bytes(image.numpy()) for image in torch.cat([data.train, data.heldout])}
     assert everything == {bytes(read_image(path, 16).contiguous().numpy()) for path in photos.rglob("*.png")}
     assert all(torch.equal(a, b) for a, b in zip(data[:2], load_data(str(photos), 16)[:2]))
