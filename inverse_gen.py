@@ -34,8 +34,9 @@ Rulings, where the paper is silent or contradicts itself
     - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
       Algorithm 1 means Eq. 5. 16x16 and 32x32 images leave out the widest layers.
     - G minimises -log D(G(z)), as in DCGAN; G and IG of the BiGAN have labels swapped, as BiGAN's authors do.
-    - D(x) and D(G(z)) are normalised each by its own batch, as in DCGAN; in figures and results, and in G once it is
-      frozen, batch norm uses its running averages, so that G is one fixed function.
+    - D(x) and D(G(z)) are normalised each by its own batch, as in DCGAN; the two kinds of pairs of the BiGAN by one, or
+      samples collapse. In figures and results, and in G once it is frozen, batch norm uses its running averages, so
+      that G is one fixed function.
     - Weights start from N(0, 0.02), and leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment decays with
       0.999. Both stages take 50,000 steps. The BiGAN, which has one stage, takes all of them for it.
     - Eq. 2, 3, 5 are means over pixels or dimensions, which Adam does not mind. Eq. 2 starts from noise, keeps z in
@@ -74,8 +75,8 @@ LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
 BLUR = 1 / 16  # standard deviation of Figures 3 and 5, in sides of the image
-QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 1500, "steps": 1500, "lr": 5e-4}
-QUICK |= {"gallery": 2000, "save_every": 1000}
+QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 1500, "gallery": 2000}
+QUICK |= {"save_every": 1000}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -202,7 +203,8 @@ def gan_losses(nets, x, z):
 
 def bigan_losses(nets, x, z):
     """Eq. 1: images x [N, 3, S, S] in [0, 1] and latents z [N, Z] -> L_D for D, L_G for G and IG to minimise."""
-    d_real, d_fake = nets["D"](x, nets["IG"](x)), nets["D"](generate(nets["G"], z), z)
+    images, latents = torch.cat([x, generate(nets["G"], z)]), torch.cat([nets["IG"](x), z])
+    d_real, d_fake = nets["D"](images, latents).chunk(2)
     return {"L_D": discriminator_loss(d_real, d_fake), "L_G": bigan_loss(d_real, d_fake)}
 
 
@@ -284,18 +286,22 @@ def inverter(nets, search_steps, search_rate):
     return nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], search_steps, search_rate)
 
 
+def grey_pixels(x, height, width):
+    """Images [N, 3, S, S] in [0, 1] -> [N, height, width] grey levels, whole numbers in 0..255."""
+    return (255 * transforms.resize(transforms.rgb_to_grayscale(x), [height, width], antialias=True)).round()[:, 0]
+
+
 def dhash(x):
     """Is a pixel brighter than its left neighbour, in 9x8 grey pixels: [N, 3, S, S] -> [N, 64] of 0 and 1."""
-    grey = transforms.resize(transforms.rgb_to_grayscale(x), [8, 9], antialias=True)[:, 0]
+    grey = grey_pixels(x, 8, 9)
     return (grey[:, :, 1:] > grey[:, :, :-1]).flatten(1).float()
 
 
 def phash(x):
     """Are the lowest 8x8 frequencies of 32x32 grey pixels above their median: [N, 3, S, S] -> [N, 64] of 0 and 1."""
-    grey = transforms.resize(transforms.rgb_to_grayscale(x), [32, 32], antialias=True)[:, 0]
-    i = torch.arange(32, device=x.device)
+    i = torch.arange(32, dtype=torch.float64, device=x.device)
     cosines = torch.cos(math.pi / 32 * (i + 0.5) * i[:8, None])  # (8, 32): the discrete cosine transform's first rows
-    frequencies = (cosines @ grey @ cosines.T).flatten(1)
+    frequencies = (cosines @ grey_pixels(x, 32, 32).double() @ cosines.T).flatten(1).round(decimals=6)
     return (frequencies > frequencies.median(1, keepdim=True).values).float()
 
 
@@ -540,7 +546,7 @@ def parse_args(argv):
     add("--channels", type=int, default=64, help="f, width of the layers next to the image (Tables 3 to 6)")
     add("--lr", type=float, default=2e-4, help="learning rate (Appendix)")
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2")
-    add("--search-rate", type=float, default=100.0, help="alpha of Eq. 2, for the mean over pixels")
+    add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
     add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
