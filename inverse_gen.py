@@ -11,23 +11,23 @@ The codes IG(x) of real images say what they show: the nearest code finds a simi
 
     python inverse_gen.py --quick                            # cartoon faces within three minutes on two CPU cores
     python inverse_gen.py --data photos/ --out runs/photos   # the paper's set-up on a folder of images
-    python inverse_gen.py --out runs/photos --query me.jpg   # the images of --data that are most like this one
+    python inverse_gen.py --out runs/photos --query me.jpg   # which of its training images are most like this one
 
 paper -> code
     Tables 3-5   G, D, IG                             Generator, Discriminator, InverseGenerator
     Table 6      D of the BiGAN                       PairDiscriminator
-    Eq. 1        the BiGAN, a baseline                discriminator_loss, bigan_loss; --method bigan
+    Eq. 1        the BiGAN, a baseline                discriminator_loss, bigan_loss, bigan_losses; --method bigan
     Eq. 2        gradient search for z, a baseline    search_codes; --method search
     Eq. 3        direct training, a baseline          direct_loss; --method direct
-    Eq. 4        the DCGAN                            discriminator_loss, generator_loss
+    Eq. 4        the DCGAN                            discriminator_loss, generator_loss, gan_losses
     Eq. 5, 7     cross-entropy of x and G(IG(x))      cross_entropy
-    Eq. 6, 8     Algorithm 1                          gan_losses and inverse_losses, train_step
+    Eq. 6, 8     Algorithm 1                          inverse_losses, train_step
     Figure 2     reconstructed samples                save_pairs
     Table 1      their similarity by dHash            dhash, hash_similarity; measure: dhash_similarity
-    Figure 3     search with changed images           change_images, save_search; measure: search_top1
+    Figure 3     search with changed images           change_images, save_found; measure: search_top1
     Table 2      label similarity of what is found    label_agreement
     Figure 4     search with other images             save_found
-    Section 4.2  dHash, pHash, colour histogram       dhash, phash, colour_histogram; DESCRIPTORS, nearest
+    Section 4.2  dHash, pHash, colour histogram       dhash, phash, colour_histogram; describe, distances
     Figure 5     blurred images restored              save_deblurred; measure: deblur_l1_after
 
 Rulings, where the paper is silent or contradicts itself
@@ -39,14 +39,15 @@ Rulings, where the paper is silent or contradicts itself
       that G is one fixed function.
     - Weights start from N(0, 0.02), and leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment decays with
       0.999. Both stages take 50,000 steps. The BiGAN, which has one stage, takes all of them for it.
-    - Eq. 2, 3, 5 are means over pixels or dimensions, which Adam does not mind. Eq. 2 starts from noise, keeps z in
-      [-1, 1], and has its alpha and its number of steps as arguments.
+    - Eq. 3 and 5 are means over dimensions or pixels, which Adam does not mind. Eq. 2 starts from z = 0, keeps z in
+      [-1, 1], and has its alpha, for the mean over pixels, and its number of steps as arguments.
     - Images are in [0, 1] here, since G ends in a sigmoid; differences are given for [-1, 1], as in the other scripts.
     - dHash: 9x8 grey pixels, 64 bits. pHash: the lowest 8x8 frequencies of 32x32 grey pixels, above their median or
       not. Colour histogram: 8x8x8 bins, compared by intersection.
-    - The gallery is the first 20,000 training images. Figure 3's changes: hue turned by a tenth and saturation halved,
-      sunglasses at the eyes of a centred face, Gaussian blur of 1/16 of the side, the middle 0.9 of the side. It is
-      scored: how often the original comes first; where several are nearest, its share of them.
+    - The gallery is the first 20,000 training images. Figure 3's changes are a turn of the hue by a tenth with half of
+      the saturation, sunglasses at the eyes of a centred face, and, ours, Gaussian blur of 1/16 of the side and the
+      middle 0.9 of it in whole pixels. They are scored on up to 256 images: how often the original comes first; where
+      several are nearest, its share of them. Table 2 takes up to 256 held-out images, not 64.
 """
 
 import argparse
@@ -140,7 +141,7 @@ class PairDiscriminator(nn.Module):
 
 
 def build_networks(method, image_size, channels, latent_dim):
-    """The networks by the paper's names; from one seed G is the same in all methods. No IG where method is search."""
+    """The networks by the paper's names; no IG where method is search."""
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     if method == "bigan":
         nets["D"] = PairDiscriminator(image_size, channels, latent_dim)
@@ -208,12 +209,12 @@ def bigan_losses(nets, x, z):
     return {"L_D": discriminator_loss(d_real, d_fake), "L_G": bigan_loss(d_real, d_fake)}
 
 
-def inverse_losses(nets, z, method):
-    """Algorithm 1, or with the method direct Eq. 3: latents z [N, Z] -> L_IG for IG to minimise."""
+def inverse_losses(nets, z, stage):
+    """Algorithm 1, or in the stage direct Eq. 3: latents z [N, Z] -> L_IG for IG to minimise."""
     with torch.no_grad():
         x = generate(nets["G"], z)
     z_prime = nets["IG"](x)
-    return {"L_IG": direct_loss(z_prime, z) if method == "direct" else cross_entropy(nets["G"](z_prime), x)}
+    return {"L_IG": direct_loss(z_prime, z) if stage == "direct" else cross_entropy(nets["G"](z_prime), x)}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -268,12 +269,11 @@ def train_step(nets, optimizers, stage, x, z):
 
 @torch.enable_grad()
 def search_codes(G, steps, rate, x):
-    """Eq. 2: z - alpha grad_z of the cross-entropy of x and G(z), steps times from noise. x: [N, 3, S, S] -> [N, Z].
+    """Eq. 2: z - alpha grad_z of the cross-entropy of x and G(z), steps times from z = 0. x: [N, 3, S, S] -> [N, Z].
 
-    rate: alpha, for the mean over the pixels of an image. The noise is the same for the same N.
+    G: in evaluation mode. rate: alpha, for the mean over the pixels of an image.
     """
-    z = torch.rand(len(x), G[0].in_features, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    z = z.to(x.device)
+    z = torch.zeros(len(x), G[0].in_features, dtype=x.dtype, device=x.device)
     for _ in range(steps):
         z.requires_grad_()
         (gradient,) = torch.autograd.grad(len(x) * cross_entropy(G(z), x), z)
@@ -282,7 +282,7 @@ def search_codes(G, steps, rate, x):
 
 
 def inverter(nets, search_steps, search_rate):
-    """The function from images [N, 3, S, S] in [0, 1] to latents [N, Z]: IG, or where there is none search_codes."""
+    """The function from images [N, 3, S, S] in [0, 1] to their codes, latents [N, Z]: IG, or if none search_codes."""
     return nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], search_steps, search_rate)
 
 
@@ -313,7 +313,7 @@ def colour_histogram(x, bins=8):
     return counts / red.shape[1]
 
 
-DESCRIPTORS = {"codes": None, "dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}  # Section 4.2
+DESCRIPTORS = {"dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}  # those of Section 4.2 but codes
 
 
 def hash_similarity(a, b):
@@ -322,10 +322,11 @@ def hash_similarity(a, b):
 
 
 @torch.no_grad()
-def describe(x, invert):
-    """The DESCRIPTORS of images x [M, 3, S, S] in [0, 1], the codes being their latents: {name: [M, features]}."""
-    functions = {name: function or invert for name, function in DESCRIPTORS.items()}
-    return {name: torch.cat([function(part) for part in x.split(250)]) for name, function in functions.items()}
+def describe(parts, invert):
+    """The codes and the DESCRIPTORS of images, an iterable of [n, 3, S, S] in [0, 1]: {name: [M, features]}."""
+    functions = {"codes": invert, **DESCRIPTORS}
+    rows = [{name: function(x) for name, function in functions.items()} for x in parts]
+    return {name: torch.cat([row[name] for row in rows]) for name in functions}
 
 
 def distances(queries, gallery):
@@ -400,11 +401,11 @@ def save_deblurred(path, nets, invert, x):
 
 
 def save_found(path, invert, queries, gallery, described, per_row):
-    """Figures 3 and 4: images, and the nearest of the gallery to each by every one of the DESCRIPTORS.
+    """Figures 3 and 4: images, and the nearest of the gallery to each by codes and by each of the DESCRIPTORS.
 
     queries: [Q, 3, S, S] in [0, 1], per_row of them a row; gallery: uint8 [M, 3, S, S]; described: its describe().
     """
-    found = distances(describe(queries, invert), described)
+    found = distances(describe([queries], invert), described)
     results = [to_unit(gallery[distance.argmin(1).cpu()]) for distance in found.values()]
     captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]
     save_images(path, queries.cpu(), *results, columns=per_row, captions=captions)
@@ -412,27 +413,26 @@ def save_found(path, invert, queries, gallery, described, per_row):
 
 @torch.no_grad()
 def save_figures(nets, invert, data, z, out, step=None, described=None):
-    """Into the folder out: Figures 2 to 5, samples and reconstructions; with a step only samples_<step>.png and, where
+    """Into the folder out: samples, reconstructions and Figures 2 to 5; with a step only samples_<step>.png and, where
     invert is not None, reconstructions_<step>.png.
 
-    The images are the first held-out ones, the same in every run. z: latents [N, Z], of which 100 are shown. described:
-    describe() of the gallery, the first training images.
+    The images are the first held-out ones, the same in every run; in Figure 3 the first training images, a row each of
+    colour, sunglasses, blur, crop. z: latents [N, Z], of which 100 are shown. described: describe() of the gallery.
     """
     x = to_unit(data.heldout[torch.arange(64) % len(data.heldout)].to(z.device))
     nets.eval()
-    end = "" if step is None else f"_{step}"
-    save_samples(out / f"samples{end}.png", nets, z[:100])
+    save_samples(out / ("figure_samples.png" if step is None else f"samples_{step}.png"), nets, z[:100])
     if invert:
-        save_pairs(out / f"reconstructions{end}.png", nets, invert, x[:40])
+        name = "figure_reconstructions.png" if step is None else f"reconstructions_{step}.png"
+        save_pairs(out / name, nets, invert, x[:40])
     if step is None:
-        x_hat = generate(nets["G"], z[:40])
-        gallery = data.train[: len(described["codes"])]
-        changed = torch.cat(list(change_images(to_unit(gallery[:4].to(z.device))).values()))
+        x_hat, gallery = generate(nets["G"], z[:40]), data.train[: len(described["codes"])]
+        few = to_unit(gallery[:4].to(z.device))
         save_pairs(out / "figure2_pairs.png", nets, invert, x_hat)
-        save_found(out / "figure3_changed.png", invert, changed, gallery, described, 4)
+        changed = torch.cat(list(change_images(few).values()))
+        save_found(out / "figure3_changed.png", invert, changed, gallery, described, len(few))
         save_found(out / "figure4_found.png", invert, x, gallery, described, 4)
         save_deblurred(out / "figure5_deblurred.png", nets, invert, x_hat[:24])
-    nets.train()
 
 
 def sample_diversity(samples, images):
@@ -451,15 +451,16 @@ def measure(nets, invert, data, z, described):
     """
     nets.eval()
     G, device = nets["G"], z.device
-    x = generate(G, z)
+    x_hat = generate(G, z)
+    blurred = blur(x_hat)
+    blurred.sum().item()  # waits for the device
     start = time.perf_counter()
-    z_prime = torch.cat([invert(part) for part in x.split(250)]).cpu()  # waits for the device
-    results = {"inversions_per_second": len(x) / (time.perf_counter() - start)}
-    results["dhash_similarity"] = hash_similarity(dhash(x), dhash(generate(G, z_prime.to(device))))
-    blurred = blur(x)
+    z_prime = torch.cat([invert(part) for part in x_hat.split(250)]).cpu()  # and here
+    results = {"inversions_per_second": len(x_hat) / (time.perf_counter() - start)}
+    results["dhash_similarity"] = hash_similarity(dhash(x_hat), dhash(generate(G, z_prime.to(device))))
     restored = torch.cat([generate(G, invert(part)) for part in blurred.split(250)])
-    results["deblur_l1_before"] = 2 * F.l1_loss(blurred, x).item()
-    results["deblur_l1_after"] = 2 * F.l1_loss(restored, x).item()
+    results["deblur_l1_before"] = 2 * F.l1_loss(blurred, x_hat).item()
+    results["deblur_l1_after"] = 2 * F.l1_loss(restored, x_hat).item()
 
     mean_image = to_unit(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(device)
     results |= dict.fromkeys(("heldout_l1", "heldout_l1_of_mean_image"), 0.0)
@@ -468,37 +469,35 @@ def measure(nets, invert, data, z, described):
         results["heldout_l1"] += share * 2 * F.l1_loss(generate(G, invert(x)), x).item()
         results["heldout_l1_of_mean_image"] += share * 2 * F.l1_loss(mean_image.expand_as(x), x).item()
     x = to_unit(data.heldout[: len(z)].to(device))
-    results["sample_diversity"] = sample_diversity(generate(G, z[: len(x)]), x)
+    results["sample_diversity"] = sample_diversity(x_hat, x)
 
-    found = distances(describe(x, invert), described)
     results["label_agreement"] = None
     if data.attributes:
+        found = distances(describe(x.split(250), invert), described)
         labels = data.heldout_labels[: len(x)].to(device), data.train_labels[: len(described["codes"])].to(device)
         results["label_agreement"] = {name: label_agreement(d, *labels) for name, d in found.items()}
         results["label_agreement"]["any_image"] = label_agreement(torch.zeros_like(found["codes"]), *labels)
+    originals = to_unit(data.train[: min(len(z), len(described["codes"]))].to(device))
     results["search_top1"] = {}
-    originals = to_unit(data.train[: min(len(x), len(described["codes"]))].to(device))
     for change, changed in change_images(originals).items():
-        found = distances(describe(changed, invert), described)
+        found = distances(describe(changed.split(250), invert), described)
         results["search_top1"][change] = {name: nearest(d).diagonal().mean().item() for name, d in found.items()}
-    nets.train()
     return results
 
 
 @torch.no_grad()
-def answer_query(path, out, invert, data, described, image_size, device):
-    """--query: print the nine images of the gallery whose codes are nearest to the image file's; save query.png."""
-    try:
-        x = to_unit(read_image(path, image_size)[None].to(device))
-    except Exception as error:  # Pillow raises many kinds
-        fail(f"--query {path} cannot be read: {error}")
-    distance = distances(describe(x, invert), described)["codes"][0].cpu()
-    shortest, index = distance.topk(min(9, len(distance)), largest=False)
-    for d, i in zip(shortest.tolist(), index.tolist()):
+def save_query(path, invert, x, data, count, device):
+    """--query: print which nine of the first count training images have the codes nearest to that of the image x, uint8
+    [3, S, S], and save them as a picture."""
+    gallery = data.train[:count]
+    codes = torch.cat([invert(to_unit(part.to(device))) for part in gallery.split(250)])
+    distance = torch.cdist(invert(to_unit(x[None].to(device))), codes, compute_mode="donot_use_mm_for_euclid_dist")[0]
+    shortest, index = (found.tolist() for found in distance.topk(min(9, len(distance)), largest=False))
+    for d, i in zip(shortest, index):
         print(f"{d:8.3f}  {data.paths[i] if data.paths else f'training image {i}'}")
-    captions = [["query", *(f"{d:.2f}" for d in shortest.tolist())]]
-    save_images(out / "query.png", torch.cat([x.cpu(), to_unit(data.train[index])]), captions=captions)
-    print(f"{out}/query.png shows them")
+    captions = [["query", *(f"{d:.2f}" for d in shortest)]]
+    save_images(path, to_unit(torch.cat([x[None], gallery[index]])), captions=captions)
+    print(f"{path} shows them")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -545,7 +544,7 @@ def parse_args(argv):
     add("--latent-dim", type=int, default=100, help="dimensions Z of the latents (Table 3)")
     add("--channels", type=int, default=64, help="f, width of the layers next to the image (Tables 3 to 6)")
     add("--lr", type=float, default=2e-4, help="learning rate (Appendix)")
-    add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2")
+    add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
     add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
@@ -553,9 +552,9 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
-    args, checkpoint = parser.parse_args(argv), None
+    args, checkpoint, sizes = parser.parse_args(argv), None, {}
     path = Path(args.out, "checkpoint.pt")
-    if args.resume or args.eval or args.query:
+    if args.resume or args.eval or args.query is not None:
         checkpoint = load_checkpoint(path)
         parser.set_defaults(**checkpoint["config"])
     elif path.exists():
@@ -564,9 +563,8 @@ def parse_args(argv):
         parser.set_defaults(**QUICK if args.quick else {})
         if args.generator:
             config = load_checkpoint(Path(args.generator))["config"]
-            parser.set_defaults(
-                **{name: config[name] for name in ("image_size", "channels", "latent_dim")}, gan_steps=0
-            )
+            sizes = {name: config[name] for name in ("image_size", "channels", "latent_dim")}
+            parser.set_defaults(**sizes, gan_steps=0)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         minimum = {int: 0 if name in ("seed", "gan_steps") else 1, float: 0}.get(type(value))
@@ -576,13 +574,20 @@ def parse_args(argv):
         fail("--generator goes neither with --method bigan, which trains its own, nor with --gan-steps")
     if not args.generator and not args.gan_steps:
         fail("--gan-steps cannot be 0 without --generator")
+    for name, value in sizes.items():
+        if getattr(args, name) != value:
+            fail(f"{args.generator} was made with {name} = {value}, not {getattr(args, name)}: leave that out")
     free = {"data", "log_every", "save_every", "search_steps", "search_rate", "gallery"}
-    free |= set() if args.eval or args.query else {"steps"}
+    free |= set() if args.eval or args.query is not None else {"steps"}
     for name, value in checkpoint["config"].items() if checkpoint else ():
         if getattr(args, name) != value and name not in free:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
     if args.resume and total_steps(args) < checkpoint["step"]:
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+        first = f" after --gan-steps {args.gan_steps}" if args.gan_steps else ""
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}{first}")
+    untrained = 0 if args.method == "bigan" else args.gan_steps
+    if args.query is not None and args.method != "search" and checkpoint["step"] <= untrained:
+        fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
@@ -593,14 +598,14 @@ def parse_args(argv):
 def load_checkpoint(path):
     """The checkpoint that train() saved, on the CPU."""
     if not path.is_file():
-        fail(f"{path} does not exist: give the --out of a run, or leave out --resume, --eval and --query")
+        fail(f"{path} is not there: give the --out of a run, or no --resume, --eval, --query; a file to --generator")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] == "inverse_gen":
             return checkpoint
     except Exception:  # torch.load raises many kinds on what is no checkpoint
         pass
-    fail(f"{path} is not a checkpoint of inverse_gen.py: give another --out")
+    fail(f"{path} is not a checkpoint of inverse_gen.py: give another")
 
 
 def stage_of(args, step):
@@ -656,7 +661,7 @@ def train(args, nets, optimizers, invert, data, z, run):
         print(step, *(values.get(name, "") for name in COLUMNS), sep=",", file=log)
         run |= {"step": step, "seconds": run["seconds"] + seconds, "log_size": log.tell()}
         if save_due:
-            save_figures(nets, invert if stage in ("aegan", "direct", "bigan") else None, data, z, out, step)
+            save_figures(nets, invert if stage != "gan" else None, data, z, out, step)
             save()
         last_step, last_time = step, time.perf_counter()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -669,6 +674,11 @@ def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
     out, device = Path(args.out), torch.device(args.device)
+    if args.query is not None:
+        try:
+            query = read_image(args.query, args.image_size)
+        except Exception as error:  # Pillow raises many kinds
+            fail(f"--query {args.query} cannot be read: {error}")
     try:
         data = load_data(args.data, args.image_size)
     except DataError as error:
@@ -705,14 +715,16 @@ def main(argv=None):
     except OSError as error:
         fail(f"--out {out} cannot be made: {error.strerror}")
     print(f"{args.method} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
-    if not args.eval and not args.query:
+    if not args.eval and args.query is None:
         train(args, nets, optimizers, invert, data, z, run)
 
     nets.eval()
-    described = describe(to_unit(data.train[: args.gallery].to(device)), invert)
-    if args.query:
-        answer_query(args.query, out, invert, data, described, args.image_size, device)
+    gallery = data.train[: args.gallery]
+    print(f"searching among {len(gallery)} images", flush=True)
+    if args.query is not None:
+        save_query(out / "query.png", invert, query, data, args.gallery, device)
         return
+    described = describe((to_unit(part.to(device)) for part in gallery.split(250)), invert)
     save_figures(nets, invert, data, z, out, described=described)
     results = measure(nets, invert, data, z, described)
     results |= {"steps": run["step"], "steps_per_second": run["step"] / max(run["seconds"], 1e-9), "config": config}

@@ -97,7 +97,7 @@ SCRIPTS = {
             (["--generator", "", "--gan-steps", 0], ["--gan-steps", "0", "--generator"]),
             (["--search-rate", "nan"], ["--search-rate", "nan"]),
             (["--gallery", 0], ["--gallery", "0", "at least 1"]),
-            (["--generator", "missing.pt"], ["missing.pt", "does not exist"]),
+            (["--generator", "missing.pt"], ["missing.pt", "is not there"]),
             (["--generator", "other/checkpoint.pt"], ["not a checkpoint of inverse_gen.py"]),
             (["--query", "PHOTOS"], ["checkpoint.pt", "--query"]),
         ],
@@ -120,7 +120,7 @@ BAD = [
     (["--seed", 2**70], ["--seed"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "meta"], ["--device meta"]),
-    (["--resume"], ["checkpoint.pt", "leave out --resume"]),
+    (["--resume"], ["checkpoint.pt", "give the --out of a run"]),
     (["--eval"], ["checkpoint.pt", "--eval"]),
     (["--data", "PHOTOS", "--out", "file"], ["--out file"]),
     (["--resume", "--out", "other"], ["other", "not a checkpoint of SCRIPT.py"]),
@@ -286,7 +286,7 @@ def test_eval_writes_the_same_figures_and_results_again(script, cli, finished):
 
     before = content()
     for file in before:
-        if file.startswith("figure") or file in ("results.json", "reconstructions.png", "samples.png"):
+        if file.startswith("figure") or file in ("results.json", "reconstructions.png"):
             (finished / file).unlink()
     assert cli(script, "--eval", "--out", finished, "--device", "cpu").status == 0
     assert content() == before
