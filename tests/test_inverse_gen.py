@@ -501,8 +501,8 @@ def image_of(x):
 @pytest.mark.parametrize("attributes", [(), ("a", "b")])
 def test_measure_against_numpy(attributes):
     torch.manual_seed(0)
-    images = torch.randint(256, (640, 3, 16, 16), dtype=torch.uint8)
-    labels = torch.rand(640, len(attributes)) > 0.4
+    images = torch.randint(256, (652, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.rand(652, len(attributes)) > 0.4
     data, z = Data(images[:400] // 2, images[400:], attributes, labels[:400], labels[400:]), torch.rand(256, 3) * 4 - 2
     x, gallery, nets = data.heldout / 255, data.train[:300] / 255, nn.ModuleDict({"G": Linear()})
     described = inverse_gen.describe(gallery.split(250), corner)
