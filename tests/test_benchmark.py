@@ -1,0 +1,35 @@
+import json
+import subprocess
+import sys
+
+import benchmark
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.mark.parametrize("task", benchmark.TASKS)
+def test_the_plain_loop_updates_what_the_script_updates(task):
+    args, nets, optimizers, step, plain_step = benchmark.build(task, torch.device("cpu"))
+    images = torch.randint(256, (20, 3, args.image_size, args.image_size), dtype=torch.uint8)
+
+    def changed(function, argument):
+        before = {name: parameter.clone() for name, parameter in nets.named_parameters()}
+        function(argument)
+        return {name for name, parameter in nets.named_parameters() if not torch.equal(before[name], parameter)}
+
+    by_script = changed(step, images)
+    x = torch.rand(args.batch_size, 3, args.image_size, args.image_size)
+    by_plain = changed(lambda x: plain_step(x, benchmark.plain_optimizers(optimizers)), x)
+    assert by_plain == by_script and len(by_script) > 7
+
+
+def test_it_prints_a_table_and_writes_json(tmp_path):
+    command = [sys.executable, ROOT / "tests" / "benchmark.py", "--scripts", "inverse_gen", "--device", "cpu"]
+    small = ["--turns", "1", "--seconds", "0.01", "--out", tmp_path / "b.json"]
+    result = subprocess.run([*command, *small], capture_output=True, text=True)
+    assert result.returncode == 0 and "inverse_gen gan" in result.stdout, result
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert [row["task"] for row in found["rows"]] == ["inverse_gen gan", "inverse_gen aegan"] and found["peak"] > 0
+    for row in found["rows"]:
+        assert row["ratio"] == pytest.approx(row["script"] / row["plain"]) and row["operations_per_step"] > 1e8
