@@ -210,7 +210,7 @@ def bigan_losses(nets, x, z):
 
 
 def inverse_losses(nets, z, stage):
-    """Algorithm 1, or in the stage direct Eq. 3: latents z [N, Z] -> L_IG for IG to minimise."""
+    """Eq. 6 and 7, or in the stage direct Eq. 3: latents z [N, Z] -> L_IG for IG to minimise."""
     with torch.no_grad():
         x = generate(nets["G"], z)
     z_prime = nets["IG"](x)
@@ -245,8 +245,8 @@ def to_unit(images):
 def train_step(nets, optimizers, stage, x, z):
     """One update of the networks of the stage: D and G in gan, D, G and IG in bigan, IG alone in aegan and direct.
 
-    In the latter two G is frozen: it is in evaluation mode and nothing in it changes, and x is not used. Returns the
-    losses before the update, as tensors.
+    The latter two are Algorithm 1, with Eq. 8: G is frozen, in evaluation mode, nothing in it changes, and x is not
+    used. Returns the losses before the update, as tensors.
     """
     nets.train()
     nets["G"].train(stage in ("gan", "bigan"))
@@ -526,19 +526,10 @@ def parse_args(argv):
     add("--out", default="runs/inverse_gen", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
     add("--eval", action="store_true", help="no training: figures and results of the run in --out")
-    add(
-        "--query",
-        metavar="IMAGE",
-        help="no training: search the gallery of the run in --out for what is like this file",
-    )
+    add("--query", metavar="IMAGE", help="no training: which images of the run in --out are most like this file")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN")
-    add(
-        "--steps",
-        type=int,
-        default=50_000,
-        help="updates of IG, after those; bigan: more updates of all; search: unused",
-    )
+    add("--steps", type=int, default=50_000, help="updates of IG, after those (bigan: of all; search: unused)")
     add("--batch-size", type=int, default=64, help="images a step (Appendix)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Table 4)")
     add("--latent-dim", type=int, default=100, help="dimensions Z of the latents (Table 3)")

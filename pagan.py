@@ -13,7 +13,7 @@ shows, but not at the same pixels. D(x) matches G's samples to the images, and D
     python pagan.py --data photos/ --out runs/photos                        # a folder of images
     python pagan.py --data cifar10 --reconstruction l1 --out runs/cifar_l1  # a row of the ablation study
 
-slides -> code
+paper -> code (its slides by their titles)
     PAGAN Diagram               G, E and the discriminators      Generator, Encoder, ImageDiscriminator (of x, and of
                                                                  x, y), LatentDiscriminator
     Discriminator on Pairs,     the objectives of D(x), D(x, y)  discriminator_loss; of G and E: generator_loss,
@@ -387,6 +387,7 @@ def measure(nets, data, z, augmentation, p, classifier=None, count=0):
     results, log_p, features = defaultdict(float), defaultdict(list), defaultdict(list)
 
     def judge(name, images):
+        """Keep what the classifier says of these images, under a name."""
         if classifier:
             logits, part = classifier(images)
             log_p[name].append(logits.log_softmax(dim=1))

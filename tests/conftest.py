@@ -1,5 +1,6 @@
 """What the tests of all scripts share: a folder of images, runs of a script, comparison of checkpoints."""
 
+import csv
 import random
 import subprocess
 import sys
@@ -84,3 +85,30 @@ def load(folder):
 
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+def log_of(folder):
+    """The header and the rows of a run's log.csv."""
+    header, *rows = csv.reader(Path(folder, "log.csv").open())
+    return header, rows
+
+
+def adam_by_hand(parameters, gradients, lr, moments, beta=0.5):
+    """One step of Adam with beta, 0.999; moments: [step, m, v] is updated."""
+    moments[0] += 1
+    for i, (parameter, gradient) in enumerate(zip(parameters, gradients)):
+        moments[1][i] = beta * moments[1][i] + (1 - beta) * gradient
+        moments[2][i] = 0.999 * moments[2][i] + 0.001 * gradient**2
+        m, v = moments[1][i] / (1 - beta ** moments[0]), moments[2][i] / (1 - 0.999 ** moments[0])
+        with torch.no_grad():
+            parameter -= lr * m / (v.sqrt() + 1e-8)
+
+
+def refuse_reading_back(monkeypatch):
+    """From now on a tensor that is read by the host raises: on CUDA the host would wait for the device."""
+
+    def refuse(*_):
+        raise AssertionError("the host waited for the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)

@@ -1,5 +1,4 @@
 import copy
-import csv
 import json
 import math
 from urllib.error import URLError
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TINY, assert_refused, assert_same, files, load, start
+from conftest import TINY, assert_refused, assert_same, files, load, log_of, refuse_reading_back, start
 from PIL import Image
 from torch import nn
 
@@ -485,12 +484,7 @@ def test_train_step_runs_every_network_once_for_all_losses():
 def test_train_step_never_reads_a_tensor_back(monkeypatch):
     nets, images = bigan_latent.build_networks(16, 2, 5, True, bigan_latent.Features()), draw_faces(8, 16)[0]
     optimizers = bigan_latent.build_optimizers(nets, 2e-4)
-
-    def refuse(*_):
-        raise AssertionError("the host waited for the device")
-
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+    refuse_reading_back(monkeypatch)
     for _ in range(2):
         bigan_latent.train_step(nets, optimizers, *bigan_latent.draw_batch(images, 4, 5), {**WEIGHTS, "L_H": 1}, 2)
 
@@ -505,17 +499,6 @@ def test_batches_are_images_of_the_data_and_uniform_latents():
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
-
-
-def test_sample_diversity():
-    a, b = torch.randn(5, 3, 4, 4), torch.randn(6, 3, 4, 4)
-
-    def spread(x):
-        x = x.flatten(1).numpy()
-        return np.mean([np.linalg.norm(x[i] - x[j]) for i in range(len(x)) for j in range(i)])
-
-    assert bigan_latent.sample_diversity(a, b) == pytest.approx(spread(a) / spread(b), rel=1e-5)
-    assert bigan_latent.sample_diversity(a[:1].expand(5, -1, -1, -1), b) == 0
 
 
 def test_measure_against_numpy():
@@ -591,11 +574,6 @@ def test_percents_have_two_digits():
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-
-
-def log_of(folder):
-    header, *rows = csv.reader((folder / "log.csv").open())
-    return header, rows
 
 
 def test_a_run_as_a_user_starts_it(photos, tmp_path):

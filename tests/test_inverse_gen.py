@@ -1,5 +1,4 @@
 import copy
-import csv
 import json
 import math
 
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, assert_refused, assert_same, files, load, start
+from conftest import TINY, adam_by_hand, assert_refused, assert_same, files, load, log_of, refuse_reading_back, start
 from PIL import Image
 from torch import nn
 
@@ -194,17 +193,6 @@ def test_which_networks_a_loss_reaches(stage, name, reached):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def adam_by_hand(parameters, gradients, lr, moments):
-    """Adam with beta 0.5, 0.999; moments: [step, m, v] is updated."""
-    moments[0] += 1
-    for i, (parameter, gradient) in enumerate(zip(parameters, gradients)):
-        moments[1][i] = 0.5 * moments[1][i] + 0.5 * gradient
-        moments[2][i] = 0.999 * moments[2][i] + 0.001 * gradient**2
-        m, v = moments[1][i] / (1 - 0.5 ** moments[0]), moments[2][i] / (1 - 0.999 ** moments[0])
-        with torch.no_grad():
-            parameter -= lr * m / (v.sqrt() + 1e-8)
-
-
 @pytest.mark.parametrize("stage", ["gan", "bigan", "aegan", "direct"])
 def test_train_step_against_autograd_by_hand(stage):
     nets, _, _ = tiny("bigan" if stage == "bigan" else "aegan")
@@ -264,12 +252,7 @@ def test_train_step_never_reads_a_tensor_back(stage, monkeypatch):
     method = "bigan" if stage == "bigan" else "aegan"
     nets, images = inverse_gen.build_networks(method, 16, 2, 5), draw_faces(8, 16)[0]
     optimizers = inverse_gen.build_optimizers(nets, method, 2e-4)
-
-    def refuse(*_):
-        raise AssertionError("the host waited for the device")
-
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+    refuse_reading_back(monkeypatch)
     inverse_gen.train_step(nets, optimizers, stage, *inverse_gen.draw_batch(images, 4, 5))
 
 
@@ -466,17 +449,6 @@ def test_blur_s_strength():
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_sample_diversity():
-    a, b = torch.randn(5, 3, 4, 4), torch.randn(6, 3, 4, 4)
-
-    def spread(x):
-        x = x.flatten(1).numpy()
-        return np.mean([np.linalg.norm(x[i] - x[j]) for i in range(len(x)) for j in range(i)])
-
-    assert inverse_gen.sample_diversity(a, b) == pytest.approx(spread(a) / spread(b), rel=1e-5)
-    assert inverse_gen.sample_diversity(a[:1].expand(5, -1, -1, -1), b) == 0
-
-
 class Linear(nn.Module):
     """G: logits of an image that are a fixed linear function of the latent [N, 3]."""
 
@@ -581,11 +553,6 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-
-
-def log_of(folder):
-    header, *rows = csv.reader((folder / "log.csv").open())
-    return header, rows
 
 
 def test_a_run_as_a_user_starts_it(photos, tmp_path):

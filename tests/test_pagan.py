@@ -1,5 +1,4 @@
 import copy
-import csv
 import json
 import math
 import shutil
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, TINY, assert_refused, load, start
+from conftest import ROOT, TINY, adam_by_hand, assert_refused, load, log_of, refuse_reading_back, start
 from conftest import files as files_in
 from PIL import Image
 from torch import nn
@@ -275,17 +274,6 @@ def test_which_networks_a_loss_reaches(reconstruction, name, reached):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def adam_by_hand(parameters, gradients, lr, moments):
-    """Adam with beta 0.5, 0.999; moments: [step, m, v] is updated."""
-    moments[0] += 1
-    for i, (parameter, gradient) in enumerate(zip(parameters, gradients)):
-        moments[1][i] = 0.5 * moments[1][i] + 0.5 * gradient
-        moments[2][i] = 0.999 * moments[2][i] + 0.001 * gradient**2
-        m, v = moments[1][i] / (1 - 0.5 ** moments[0]), moments[2][i] / (1 - 0.999 ** moments[0])
-        with torch.no_grad():
-            parameter -= lr * m / (v.sqrt() + 1e-8)
-
-
 @pytest.mark.parametrize("reconstruction", ["pair", "l1"])
 def test_train_step_against_autograd_by_hand(reconstruction):
     nets, *_ = tiny(reconstruction)
@@ -334,12 +322,7 @@ def test_train_step_against_autograd_by_hand(reconstruction):
 def test_train_step_never_reads_a_tensor_back(reconstruction, kind, monkeypatch):
     nets, images = pagan.build_networks(reconstruction, 16, 2, 5), draw_faces(8, 16)[0]
     optimizers = pagan.build_optimizers(nets, 2e-4)
-
-    def refuse(*_):
-        raise AssertionError("the host waited for the device")
-
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+    refuse_reading_back(monkeypatch)
     pagan.train_step(nets, optimizers, *pagan.draw_batch(images, 4, 5, kind, 0.1), 10.0)
 
 
@@ -360,17 +343,6 @@ def test_batches_are_images_of_the_data_their_augmentations_and_normal_noise(mon
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
-
-
-def test_sample_diversity():
-    a, b = torch.randn(5, 3, 4, 4), torch.randn(6, 3, 4, 4)
-
-    def spread(x):
-        x = x.flatten(1).numpy()
-        return np.mean([np.linalg.norm(x[i] - x[j]) for i in range(len(x)) for j in range(i)])
-
-    assert pagan.sample_diversity(a, b) == pytest.approx(spread(a) / spread(b), rel=1e-5)
-    assert pagan.sample_diversity(a[:1].expand(5, -1, -1, -1), b) == 0
 
 
 def test_rid():
@@ -535,11 +507,6 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-
-
-def log_of(folder):
-    header, *rows = csv.reader((folder / "log.csv").open())
-    return header, rows
 
 
 def test_a_run_as_a_user_starts_it(photos, tmp_path):

@@ -1,6 +1,5 @@
 """What all scripts do alike on the command line: resume to the same bits, survive a kill, refuse bad input, ..."""
 
-import csv
 import importlib
 import json
 import math
@@ -8,9 +7,10 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_refused, assert_same, files, load, start
+from conftest import TINY, assert_refused, assert_same, files, load, log_of, start
 from PIL import Image
 
 from common import draw_faces
@@ -164,11 +164,6 @@ def finished(script, tiny, tmp_path_factory):
     return folder
 
 
-def log_of(folder):
-    header, *rows = csv.reader((folder / "log.csv").open())
-    return header, rows
-
-
 def test_the_same_seed_gives_the_same_run_and_another_another(script, tiny, tmp_path, cli, finished):
     for seed in (0, 1):
         cli(script, *tiny, "--steps", 6, "--out", tmp_path / str(seed), "--seed", seed)
@@ -308,6 +303,17 @@ def test_quick_sets_what_its_help_says(script, cli, monkeypatch):
     shown = cli(script, "--help").out
     for key, value in script.QUICK.items():
         assert f"--{key.replace('_', '-')} {value}" in shown
+
+
+def test_sample_diversity(script):
+    a, b = torch.randn(5, 3, 4, 4), torch.randn(6, 3, 4, 4)
+
+    def spread(x):
+        x = x.flatten(1).numpy()
+        return np.mean([np.linalg.norm(x[i] - x[j]) for i in range(len(x)) for j in range(i)])
+
+    assert script.sample_diversity(a, b) == pytest.approx(spread(a) / spread(b), rel=1e-5)
+    assert script.sample_diversity(a[:1].expand(5, -1, -1, -1), b) == 0
 
 
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(

@@ -1,5 +1,4 @@
 import copy
-import csv
 import json
 import math
 import shutil
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TINY, assert_refused, files, load, start
+from conftest import TINY, adam_by_hand, assert_refused, files, load, log_of, refuse_reading_back, start
 from PIL import Image
 from torch import nn
 
@@ -286,17 +285,6 @@ def test_which_networks_a_loss_reaches(name, reached):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def adam_by_hand(parameters, gradients, lr, moments):
-    """Adam with beta 0.9, 0.999; moments: [step, m, v] is updated."""
-    moments[0] += 1
-    for i, (parameter, gradient) in enumerate(zip(parameters, gradients)):
-        moments[1][i] = 0.9 * moments[1][i] + 0.1 * gradient
-        moments[2][i] = 0.999 * moments[2][i] + 0.001 * gradient**2
-        m, v = moments[1][i] / (1 - 0.9 ** moments[0]), moments[2][i] / (1 - 0.999 ** moments[0])
-        with torch.no_grad():
-            parameter -= lr * m / (v.sqrt() + 1e-8)
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_train_step_against_autograd_by_hand(model):
     nets, _, _, _ = tiny(model)
@@ -336,7 +324,7 @@ def test_train_step_against_autograd_by_hand(model):
         assert losses["k"].item() == pytest.approx(k)
         errors.append((0.6 * score(x) - fake).item())
         for update in updates:
-            adam_by_hand(*update)
+            adam_by_hand(*update, beta=0.9)
         k = controlled(errors, (0.3, 0.2, 0.1), 0.4)[-1]
         assert nets["controller"].k.item() == pytest.approx(k)
     for name, parameter in nets.named_parameters():
@@ -347,12 +335,7 @@ def test_train_step_against_autograd_by_hand(model):
 def test_train_step_never_reads_a_tensor_back(model, monkeypatch):
     nets, images = vae_began.build_networks(model, 16, 2, 5, (0.1, 0.1, 0.1)), draw_faces(8, 16)[0]
     optimizers = vae_began.build_optimizers(nets, 2e-4)
-
-    def refuse(*_):
-        raise AssertionError("the host waited for the device")
-
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+    refuse_reading_back(monkeypatch)
     vae_began.train_step(nets, optimizers, *vae_began.draw_batch(images, 4, 5), **WEIGHTS)
 
 
@@ -386,17 +369,6 @@ def test_the_encoder_stays_alive():
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
-
-
-def test_sample_diversity():
-    a, b = torch.randn(5, 3, 4, 4), torch.randn(6, 3, 4, 4)
-
-    def spread(x):
-        x = x.flatten(1).numpy()
-        return np.mean([np.linalg.norm(x[i] - x[j]) for i in range(len(x)) for j in range(i)])
-
-    assert vae_began.sample_diversity(a, b) == pytest.approx(spread(a) / spread(b), rel=1e-5)
-    assert vae_began.sample_diversity(a[:1].expand(5, -1, -1, -1), b) == 0
 
 
 def test_inception_score_of_known_probabilities():
@@ -533,11 +505,6 @@ def test_the_most_balanced_attributes_are_chosen_and_wrong_ones_refused(capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-
-
-def log_of(folder):
-    header, *rows = csv.reader((folder / "log.csv").open())
-    return header, rows
 
 
 def test_a_run_as_a_user_starts_it(photos, tmp_path):
