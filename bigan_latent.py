@@ -59,6 +59,7 @@ import sys
 import time
 import zlib
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ import torchvision
 from torch import nn
 from torch.func import functional_call
 
-from common import DataError, load_data, save_grid, to_float
+from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 EXPERIMENTS = {  # Table 1: lambda_1 (Eq. 6), lambda_2 (Eq. 4), lambda_3 (Eq. 5)
     "EX1": {"lambda_ad": 0.05, "lambda_ae": 0.0, "lambda_h": 0.0},
@@ -300,13 +301,15 @@ def all_losses(nets, optimizers, x, z, weights, unroll):
 def build_optimizers(nets, lr):
     """One Adam for each loss that is minimised, by the loss's name: D has its own, G and E share one."""
     groups = {"D": list(nets["D"].parameters()), "G_E": [*nets["G"].parameters(), *nets["E"].parameters()]}
-    return {loss: torch.optim.Adam(parameters, lr, BETAS, fused=True) for loss, parameters in groups.items()}
+    return {
+        loss: torch.optim.Adam(parameters, lr, BETAS, fused=True, capturable=True)
+        for loss, parameters in groups.items()
+    }
 
 
-def draw_batch(images, batch_size, latent_dim):
-    """x: random ones of the images uint8 [M, 3, S, S], in [-1, 1]; z ~ U[-1, 1]^Z: [N, Z]."""
-    x = to_float(images[torch.randint(len(images), (batch_size,), device=images.device)])
-    return x, torch.rand(batch_size, latent_dim, device=images.device) * 2 - 1
+def draw_batch(images, latent_dim):
+    """x: the images uint8 [N, 3, S, S] in [-1, 1]; z ~ U[-1, 1]^Z: [N, Z]."""
+    return to_float(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
 
 def train_step(nets, optimizers, x, z, weights, unroll):
@@ -318,6 +321,57 @@ def train_step(nets, optimizers, x, z, weights, unroll):
     for optimizer in optimizers.values():
         optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def record(iterate, images, nets, optimizers):
+    """iterate(images) as one CUDA graph: a function that replays it, and returns the same tensors with new values.
+
+    images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
+    optimizers and random numbers are afterwards as they were before.
+    """
+
+    def state():
+        moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
+        return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
+
+    images, random = images.clone(), torch.cuda.get_rng_state(images.device)
+    before = {tensor: tensor.detach().clone() for tensor in state()}
+    with torch.cuda.device(images.device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose their algorithms, Adam makes its moments
+                iterate(images)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            losses = iterate(images)
+    with torch.no_grad():
+        for tensor in state():
+            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+    torch.cuda.set_rng_state(random, images.device)
+
+    def replay(new_images):
+        images.copy_(new_images)
+        graph.replay()
+        return losses
+
+    return replay
+
+
+def use_precision(nets, precision):
+    """Matrix products and convolutions on CUDA in float32 (fp32), TensorFloat-32 (tf32) or bfloat16 (bf16).
+
+    In bf16 the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    for net in nets.values() if precision == "bf16" else ():
+        net.forward = partial(forward_in_bfloat16, net.forward)
+
+
+def forward_in_bfloat16(forward, *inputs):
+    """A network's forward under autocast. Inputs and output: tensors, float32."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        return forward(*inputs).float()
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -461,6 +515,8 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and dropout; the held-out images are always the same")
+    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of the networks' products on CUDA")
+    add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
     args, checkpoint = parser.parse_args(argv), None
@@ -488,6 +544,8 @@ def parse_args(argv):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if args.graph and torch.device(args.device).type != "cuda":
+        fail(f"--graph needs CUDA, not --device {args.device}")
     return args, checkpoint
 
 
@@ -524,7 +582,7 @@ def load_features(path):
 
 def train(args, nets, optimizers, data, z, run):
     """The training loop, from run["step"] to args.steps. z: latents [N, Z] of the pictures."""
-    out, images = Path(args.out), data.train.to(args.device)
+    out, images = Path(args.out), place_images(data.train, z.device)
     weights = {"L_GAN": 1.0, "L_AD": args.lambda_ad, "L_AE": args.lambda_ae, "L_H": args.lambda_h}
 
     def save():
@@ -536,6 +594,11 @@ def train(args, nets, optimizers, data, z, run):
         torch.save({"script": "bigan_latent", **run, **state}, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
+    def iterate(drawn):
+        return train_step(nets, optimizers, *draw_batch(drawn, args.latent_dim), weights, args.unroll)
+
+    if args.graph:
+        iterate = record(iterate, images[: args.batch_size].to(z.device), nets, optimizers)
     if run["step"] == 0:
         save()
     log, stops = (out / "log.csv").open("a", buffering=1), []
@@ -544,13 +607,12 @@ def train(args, nets, optimizers, data, z, run):
     signal.signal(signal.SIGINT, lambda *_: stops.append(True))  # Ctrl-C ends the loop after the step under way
     step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
     while step < args.steps and not stop:
-        x, z_batch = draw_batch(images, args.batch_size, args.latent_dim)
-        losses = train_step(nets, optimizers, x, z_batch, weights, args.unroll)
+        losses = iterate(draw_images(images, args.batch_size, z.device))
         step, stop = step + 1, bool(stops)
         save_due = step % args.save_every == 0 or step == args.steps or stop
         if not (save_due or step % args.log_every == 0 or step == 10):
             continue
-        losses["autodecoder_q"] = heldout_autodecoder_loss_q(nets, data, z.device)
+        losses = {**losses, "autodecoder_q": heldout_autodecoder_loss_q(nets, data, z.device)}
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
         seconds = time.perf_counter() - last_time
         broken = [f"loss {name}" for name, value in values.items() if not math.isfinite(value)]
@@ -596,10 +658,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     sizes = args.image_size, args.channels, args.latent_dim
     nets = build_networks(*sizes, args.stochastic_encoder, H).to(device)
+    use_precision(nets, args.precision)
     optimizers = build_optimizers(nets, args.lr)
     z = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)) * 2 - 1  # the same in every run
     z = z.to(device)
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "eval", "device")}
+    config = {
+        name: value for name, value in vars(args).items() if name not in ("out", "resume", "eval", "device", "graph")
+    }
     run = {"step": 0, "seconds": 0.0, "log_size": 0, "fingerprint": fingerprint, "config": config}
     if checkpoint:
         run |= {name: checkpoint[name] for name in ("step", "seconds", "log_size")}

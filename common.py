@@ -59,6 +59,23 @@ def load_data(name, size, seed=0, root="data"):
     return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:], tuple(paths))
 
 
+def place_images(images, device):
+    """Images uint8 [M, 3, S, S] where draw_images shall take them from: on the torch.device, or if they would fill more
+    than half of its free memory where they are."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    return images.to(device)
+
+
+def draw_images(images, count, device):
+    """count random ones of the images uint8 [M, 3, S, S], with replacement, on the torch.device: [count, 3, S, S].
+
+    From elsewhere they are copied by way of pinned memory, while the device may still be at work on what it had before.
+    """
+    drawn = images[torch.randint(len(images), (count,), device=images.device)]
+    return drawn if drawn.device.type == device.type else drawn.pin_memory().to(device, non_blocking=True)
+
+
 def to_float(images):
     """uint8 images in [0, 255] -> float32 in [-1, 1], of any shape, on the same device."""
     return images.float() / 127.5 - 1

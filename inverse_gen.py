@@ -59,7 +59,7 @@ import sys
 import time
 import zlib
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
-from common import DataError, load_data, read_image, save_grid
+from common import DataError, draw_images, load_data, place_images, read_image, save_grid
 
 METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
 COLUMNS = ("L_D", "L_G", "L_IG")  # of log.csv
@@ -227,14 +227,13 @@ def build_optimizers(nets, method, lr):
     for loss, names in players.items():
         parameters = [p for name in names if name in nets for p in nets[name].parameters()]
         if parameters:
-            optimizers[loss] = torch.optim.Adam(parameters, lr, BETAS, fused=True)
+            optimizers[loss] = torch.optim.Adam(parameters, lr, BETAS, fused=True, capturable=True)
     return optimizers
 
 
-def draw_batch(images, batch_size, latent_dim):
-    """x: random ones of the images uint8 [M, 3, S, S], in [0, 1]; z ~ U(-1, 1): [N, Z]."""
-    x = to_unit(images[torch.randint(len(images), (batch_size,), device=images.device)])
-    return x, torch.rand(batch_size, latent_dim, device=images.device) * 2 - 1
+def draw_batch(images, latent_dim):
+    """x: the images uint8 [N, 3, S, S] in [0, 1]; z ~ U(-1, 1): [N, Z]."""
+    return to_unit(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
 
 def to_unit(images):
@@ -262,6 +261,57 @@ def train_step(nets, optimizers, stage, x, z):
     for name in losses:
         optimizers[name].step()
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def record(iterate, images, nets, optimizers):
+    """iterate(images) as one CUDA graph: a function that replays it, and returns the same tensors with new values.
+
+    images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
+    optimizers and random numbers are afterwards as they were before.
+    """
+
+    def state():
+        moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
+        return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
+
+    images, random = images.clone(), torch.cuda.get_rng_state(images.device)
+    before = {tensor: tensor.detach().clone() for tensor in state()}
+    with torch.cuda.device(images.device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose their algorithms, Adam makes its moments
+                iterate(images)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            losses = iterate(images)
+    with torch.no_grad():
+        for tensor in state():
+            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+    torch.cuda.set_rng_state(random, images.device)
+
+    def replay(new_images):
+        images.copy_(new_images)
+        graph.replay()
+        return losses
+
+    return replay
+
+
+def use_precision(nets, precision):
+    """Matrix products and convolutions on CUDA in float32 (fp32), TensorFloat-32 (tf32) or bfloat16 (bf16).
+
+    In bf16 the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    for net in nets.values() if precision == "bf16" else ():
+        net.forward = partial(forward_in_bfloat16, net.forward)
+
+
+def forward_in_bfloat16(forward, *inputs):
+    """A network's forward under autocast. Inputs and output: tensors, float32."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        return forward(*inputs).float()
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -541,6 +591,8 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
+    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of the networks' products on CUDA")
+    add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
     args, checkpoint, sizes = parser.parse_args(argv), None, {}
@@ -583,6 +635,8 @@ def parse_args(argv):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if args.graph and torch.device(args.device).type != "cuda":
+        fail(f"--graph needs CUDA, not --device {args.device}")
     return args, checkpoint
 
 
@@ -611,7 +665,7 @@ def total_steps(args):
 
 def train(args, nets, optimizers, invert, data, z, run):
     """The training loop, from run["step"] to the last. invert, z: of the pictures, see save_figures."""
-    out, images, end = Path(args.out), data.train.to(args.device), total_steps(args)
+    out, images, end = Path(args.out), place_images(data.train, z.device), total_steps(args)
 
     def save():
         """Write a temporary file and rename it, so that checkpoint.pt is always whole."""
@@ -622,6 +676,15 @@ def train(args, nets, optimizers, invert, data, z, run):
         torch.save({"script": "inverse_gen", **run, **state}, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
+    @cache
+    def step_of(stage):
+        """The function of uint8 images that is one step of the stage, recorded when the stage begins."""
+
+        def iterate(drawn):
+            return train_step(nets, optimizers, stage, *draw_batch(drawn, args.latent_dim))
+
+        return record(iterate, images[: args.batch_size].to(z.device), nets, optimizers) if args.graph else iterate
+
     if run["step"] == 0:
         save()
     log, stops = (out / "log.csv").open("a", buffering=1), []
@@ -631,7 +694,7 @@ def train(args, nets, optimizers, invert, data, z, run):
     step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
     while step < end and not stop:
         stage = stage_of(args, step)
-        losses = train_step(nets, optimizers, stage, *draw_batch(images, args.batch_size, args.latent_dim))
+        losses = step_of(stage)(draw_images(images, args.batch_size, z.device))
         step, stop = step + 1, bool(stops)
         save_due = step % args.save_every == 0 or step in (args.gan_steps, end) or stop
         if not (save_due or step % args.log_every == 0 or step == 10):
@@ -682,11 +745,14 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     nets = build_networks(args.method, args.image_size, args.channels, args.latent_dim).to(device)
+    use_precision(nets, args.precision)
     optimizers = build_optimizers(nets, args.method, args.lr)
     z = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)) * 2 - 1  # the same in every run
     z = z.to(device)
     config = {
-        name: value for name, value in vars(args).items() if name not in ("out", "resume", "eval", "query", "device")
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("out", "resume", "eval", "query", "device", "graph")
     }
     run = {"step": 0, "seconds": 0.0, "log_size": 0, "fingerprint": fingerprint, "config": config}
     if checkpoint:

@@ -61,9 +61,7 @@ def aegan(m, args, nets, device):
     G, E, D_x, D_z = (nets[name] for name in ("G", "E", "D_x", "D_z"))
 
     def step(images):
-        return m.train_step(
-            nets, optimizers, *m.draw_batch(images, args.batch_size, args.latent_dim, not args.no_flip), weights
-        )
+        return m.train_step(nets, optimizers, *m.draw_batch(images, args.latent_dim, not args.no_flip), weights)
 
     def clipped(optimizer, loss):
         optimizer.zero_grad()
@@ -97,8 +95,7 @@ def bigan_latent(m, args, nets, device):
     G, E, D = (nets[name] for name in ("G", "E", "D"))
 
     def step(images):
-        batch = m.draw_batch(images, args.batch_size, args.latent_dim)
-        return m.train_step(nets, optimizers, *batch, weights, args.unroll)
+        return m.train_step(nets, optimizers, *m.draw_batch(images, args.latent_dim), weights, args.unroll)
 
     def plain(x, adam):
         z = torch.rand(len(x), args.latent_dim, device=device) * 2 - 1
@@ -118,7 +115,7 @@ def vae_began(m, args, nets, device):
     k = [0.0]
 
     def step(images):
-        return m.train_step(nets, optimizers, *m.draw_batch(images, args.batch_size, args.latent_dim), **weights)
+        return m.train_step(nets, optimizers, *m.draw_batch(images, args.latent_dim), **weights)
 
     def plain(x, adam):
         z_g, epsilon = torch.randn(2, len(x), args.latent_dim, device=device)
@@ -146,7 +143,7 @@ def pagan(m, args, nets, device):
     G, E, D_x, D_z, D_xx = (nets[name] for name in ("G", "E", "D_x", "D_z", "D_xx"))
 
     def step(images):
-        batch = m.draw_batch(images, args.batch_size, args.latent_dim, args.augmentation, args.crop)
+        batch = m.draw_batch(images, args.latent_dim, args.augmentation, args.crop)
         return m.train_step(nets, optimizers, *batch, args.l1_weight)
 
     def plain(x, adam):
@@ -171,7 +168,7 @@ def inverse_gen(m, args, nets, device, stage):
     G, D, IG = (nets[name] for name in ("G", "D", "IG"))
 
     def step(images):
-        return m.train_step(nets, optimizers, stage, *m.draw_batch(images, args.batch_size, args.latent_dim))
+        return m.train_step(nets, optimizers, stage, *m.draw_batch(images, args.latent_dim))
 
     def plain(x, adam):
         z = torch.rand(len(x), args.latent_dim, device=device) * 2 - 1

@@ -4,11 +4,15 @@ import csv
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common import draw_face
 
@@ -112,3 +116,43 @@ def refuse_reading_back(monkeypatch):
 
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
+
+
+class CPUGraph(TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: the operations that were run under it, and their tensors.
+
+    replay() runs them again without the Python around them, and writes what they give into the tensors of the first
+    time. So a number that Python puts in stays what it was, and a tensor that Python puts in another's place is lost.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a graph cannot read a tensor back"
+        self.calls.append((function, args, kwargs or {}, function(*args, **(kwargs or {}))))
+        return self.calls[-1][-1]
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, first in self.calls:
+            for old, new in zip(tree_leaves(first), tree_leaves(function(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    """torch.cuda's graphs are CPUGraphs from now on, its random numbers the CPU's, its streams nothing; a list of the
+    graphs that are made."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(CPUGraph()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    return made

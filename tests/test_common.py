@@ -8,7 +8,17 @@ import torch
 from PIL import Image
 
 import common
-from common import DataError, draw_face, draw_faces, load_data, read_image, save_grid, to_float
+from common import (
+    DataError,
+    draw_face,
+    draw_faces,
+    draw_images,
+    load_data,
+    place_images,
+    read_image,
+    save_grid,
+    to_float,
+)
 
 
 def picture(width, height, seed=0):
@@ -267,6 +277,38 @@ def test_faces_is_a_data_set_by_name(monkeypatch):
     data = load_data("faces", 16)
     assert drawn == [10_000] and data.train.shape == (90, 3, 16, 16) and data.heldout_labels.shape[0] == 10
     assert data.attributes == common.FACE_ATTRIBUTES
+
+
+# ---------------------------------------------------------------------------------------------------- drawing batches
+
+
+def test_images_are_drawn_with_replacement_and_all_alike():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 2, 2)
+    torch.manual_seed(0)
+    drawn = draw_images(images, 2000, torch.device("cpu"))
+    assert drawn.shape == (2000, 3, 2, 2) and torch.equal(drawn, drawn[:, :1, :1, :1].expand_as(drawn))
+    counts = drawn[:, 0, 0, 0].bincount(minlength=10)
+    assert len(counts) == 10 and 150 < counts.min() and counts.max() < 250
+    torch.manual_seed(0)
+    assert torch.equal(drawn, images[torch.randint(10, (2000,))])
+
+
+def test_images_from_elsewhere_are_copied_by_way_of_pinned_memory(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    drawn = draw_images(torch.zeros(10, 3, 2, 2, dtype=torch.uint8), 5, torch.device("meta"))
+    assert drawn.shape == (5, 3, 2, 2) and drawn.device.type == "meta" and [p.shape for p in pinned] == [drawn.shape]
+
+
+def test_images_that_fill_half_of_a_device_stay_where_they_are(monkeypatch):
+    images = torch.zeros(10, 3, 2, 2, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (239, 10**9))
+    assert place_images(images, torch.device("cuda", 3)) is images
+    assert place_images(images, torch.device("cpu")) is images
+    assert place_images(images, torch.device("meta")).device.type == "meta"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (240, 10**9))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: (self, device))
+    assert place_images(images, torch.device("cuda", 3)) == (images, torch.device("cuda", 3))
 
 
 # ----------------------------------------------------------------------------------------------------------- saving

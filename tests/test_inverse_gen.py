@@ -253,15 +253,14 @@ def test_train_step_never_reads_a_tensor_back(stage, monkeypatch):
     nets, images = inverse_gen.build_networks(method, 16, 2, 5), draw_faces(8, 16)[0]
     optimizers = inverse_gen.build_optimizers(nets, method, 2e-4)
     refuse_reading_back(monkeypatch)
-    inverse_gen.train_step(nets, optimizers, stage, *inverse_gen.draw_batch(images, 4, 5))
+    inverse_gen.train_step(nets, optimizers, stage, *inverse_gen.draw_batch(images[:4], 5))
 
 
-def test_batches_are_images_of_the_data_and_uniform_noise():
-    images = draw_faces(10, 16)[0]
+def test_batches_are_the_images_and_uniform_noise():
+    images = draw_faces(10, 16)[0].repeat(50, 1, 1, 1)
     torch.manual_seed(0)
-    x, z = inverse_gen.draw_batch(images, 500, 7)
-    same = ((x[:, None] * 255 - images).abs() < 1e-3).flatten(2).all(2)
-    assert torch.equal(same.sum(1), torch.ones(500)) and same.any(0).all()
+    x, z = inverse_gen.draw_batch(images, 7)
+    torch.testing.assert_close(x * 255, images.float())
     assert z.shape == (500, 7) and -1 <= z.min() < -0.99 and 0.99 < z.max() <= 1 and abs(z.mean()) < 0.05
 
 
@@ -717,12 +716,7 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
         seen.append((stage, x.shape, z.shape, rates))
         return train_step(nets, optimizers, stage, x, z)
 
-    seen, vectors, drawn, sizes = [], [], [], []
-    train_step, draw_batch, images = (
-        inverse_gen.train_step,
-        inverse_gen.draw_batch,
-        inverse_gen.load_data(photos, 16).train,
-    )
+    seen, vectors, sizes, train_step = [], [], [], inverse_gen.train_step
 
     def measure(nets, invert, data, z, described):
         vectors.append(z)
@@ -730,9 +724,6 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
         return {"search_top1": {}, "label_agreement": None}
 
     monkeypatch.setattr(inverse_gen, "measure", measure)
-    monkeypatch.setattr(
-        inverse_gen, "draw_batch", lambda *args: drawn.append(torch.equal(args[0], images)) or draw_batch(*args)
-    )
     monkeypatch.setattr(inverse_gen, "train_step", spy)
     monkeypatch.setattr(inverse_gen, "save_figures", lambda nets, invert, data, z, *args, **_: vectors.append(z))
     settings = ["--latent-dim", 7, "--lr", 1e-3, "--gallery", 13]
@@ -759,7 +750,7 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
     assert (
         seen == [("gan", *batch, rates["a"]), ("aegan", *batch, rates["a"])] * 2 + [("bigan", *batch, rates["b"])] * 2
     )
-    assert drawn == [True] * 6 and sizes == [13] * 3
+    assert sizes == [13] * 3
     uniform = torch.rand(256, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert all(torch.equal(z, uniform) for z in vectors) and len(vectors) == 12  # the same vectors whatever the seed
 
@@ -794,7 +785,7 @@ def test_on_cuda_a_step_never_waits_for_the_device(stage):
     for _ in range(3):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            losses = inverse_gen.train_step(nets, optimizers, stage, *inverse_gen.draw_batch(images, 4, 5))
+            losses = inverse_gen.train_step(nets, optimizers, stage, *inverse_gen.draw_batch(images[:4], 5))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(loss.isfinite() and loss.device.type == "cuda" for loss in losses.values())

@@ -1,5 +1,6 @@
 """What all scripts do alike on the command line: resume to the same bits, survive a kill, refuse bad input, ..."""
 
+import copy
 import importlib
 import json
 import math
@@ -13,7 +14,7 @@ import torch
 from conftest import TINY, assert_refused, assert_same, files, load, log_of, start
 from PIL import Image
 
-from common import draw_faces
+from common import draw_faces, load_data
 
 # For each script: its small arguments, one of its loss functions and the loss that this breaks, a network, input that
 # it alone refuses, and settings of a run that it does not change.
@@ -120,6 +121,8 @@ BAD = [
     (["--seed", 2**70], ["--seed"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "meta"], ["--device meta"]),
+    (["--graph"], ["--graph", "CUDA", "--device cpu"]),
+    (["--precision", "fp16"], ["--precision", "fp16", "bf16"]),
     (["--resume"], ["checkpoint.pt", "give the --out of a run"]),
     (["--eval"], ["checkpoint.pt", "--eval"]),
     (["--data", "PHOTOS", "--out", "file"], ["--out file"]),
@@ -129,6 +132,7 @@ BAD = [
 FIXED = [
     (["--resume", "--image-size", 32], ["image_size = 16, not 32"]),
     (["--eval", "--steps", 9], ["steps = 6, not 9"]),
+    (["--resume", "--precision", "bf16"], ["precision = tf32, not bf16"]),
     (["--resume", "--steps", 5], ["at step 6 already", "--steps 5"]),
     (["--resume", "--data", "OTHER"], ["does not hold the images"]),
 ]
@@ -345,13 +349,138 @@ def test_another_run_s_folder_is_left_alone(name, script, tiny, photos, tmp_path
         assert {file: (finished / file).read_bytes() for file in files(finished)} == before, arguments
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_cuda_a_resumed_run_goes_on_with_the_same_random_numbers(script, tiny, tmp_path, cli):
-    tiny = [*tiny, "--device", "cuda"]
+def test_batches_are_drawn_from_the_training_images(script, tiny, tmp_path, cli, photos, monkeypatch):
+    def spy(images, count, device):
+        drawn.append((torch.equal(images, train), count, device))
+        return draw_images(images, count, device)
+
+    drawn, draw_images, train = [], script.draw_images, load_data(photos, 16).train
+    monkeypatch.setattr(script, "draw_images", spy)
+    cli(script, *tiny, "--steps", 2, "--out", tmp_path / "run")
+    assert drawn == [(True, 4, torch.device("cpu"))] * 2
+
+
+@pytest.fixture
+def recorded(script, monkeypatch):
+    """A function after which runs on the CPU have --graph too. Asserts that record leaves everything as it was."""
+
+    def parse(argv):
+        args, checkpoint = parse_args(argv)
+        args.graph = True
+        return args, checkpoint
+
+    def state(nets, optimizers):
+        moments = [tuple(s.values()) for o in optimizers.values() for s in o.state.values()]
+        return [*nets.state_dict().values(), torch.get_rng_state()], [t for parts in moments for t in parts]
+
+    def spy(iterate, images, nets, optimizers):
+        networks, moments = copy.deepcopy(state(nets, optimizers))
+        replay = record(iterate, images, nets, optimizers)
+        networks_after, moments_after = state(nets, optimizers)
+        assert_same(networks, networks_after)
+        assert_same(moments or [torch.zeros_like(moment) for moment in moments_after], moments_after)
+        return replay
+
+    parse_args, record = script.parse_args, script.record
+    monkeypatch.setattr(script, "parse_args", parse)
+    monkeypatch.setattr(script, "record", spy)
+
+
+def test_a_recorded_run_and_a_resumed_one_end_in_the_same_bits(
+    script, tiny, tmp_path, cli, finished, graphs_on_the_cpu, recorded
+):
+    assert cli(script, *tiny, "--steps", 6, "--out", tmp_path / "whole").status == 0
+    assert len(graphs_on_the_cpu) == 1 and len(graphs_on_the_cpu[0].calls) > 100
+    assert cli(script, *tiny, "--steps", 3, "--out", tmp_path / "run").status == 0
+    assert cli(script, "--resume", "--steps", 6, "--out", tmp_path / "run", "--device", "cpu").status == 0
+    for run in (tmp_path / "whole", tmp_path / "run"):
+        assert_same(load(finished), load(run))
+    assert (finished / "log.csv").read_bytes() == (tmp_path / "whole" / "log.csv").read_bytes()
+
+
+def test_bf16_is_for_what_networks_compute_alone(name, script, tiny, tmp_path, cli, finished, monkeypatch):
+    def spy(nets, optimizers, *args, **weights):
+        layers = [m for m in nets.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
+        for module in (*layers, *(net for net in nets.modules() if "forward" in vars(net))):
+            module.register_forward_hook(lambda module, _, output: dtypes[module in layers].add(output.dtype))
+        return train_step(nets, optimizers, *args, **weights)
+
+    dtypes, train_step = {True: set(), False: set()}, script.train_step
+    monkeypatch.setattr(script, "train_step", spy)
+    assert cli(script, *tiny, "--precision", "bf16", "--steps", 1, "--out", tmp_path / "run").status == 0
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.float32}}
+    checkpoint = load(tmp_path / "run")
+    assert all(tensor.dtype != torch.bfloat16 for tensor in checkpoint["networks"].values())
+    moments = [state for o in checkpoint["optimizers"].values() for state in o["state"].values()]
+    assert all(tensor.dtype == torch.float32 for state in moments for tensor in state.values())
+    (_, a), (_, b) = log_of(finished), log_of(tmp_path / "run")
+    (a, b) = ([float(value or 0) for value in rows[0]] for rows in (a, b))
+    assert a != b and a == pytest.approx(b, rel=0.03, abs=0.03)
+
+
+@pytest.mark.parametrize("precision, allowed", [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_precision_sets_what_cuda_may_do(script, precision, allowed):
+    nets = torch.nn.ModuleDict({"G": torch.nn.Linear(2, 2)})
+    script.use_precision(nets, precision)
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+
+
+# -------------------------------------------------------------------------------------------------------------- CUDA
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
+@pytest.mark.parametrize("memory", [2**40, 0])
+@pytest.mark.parametrize("more", [[], ["--graph"]])
+def test_on_cuda_a_resumed_run_goes_on_with_the_same_random_numbers(
+    script, tiny, tmp_path, cli, monkeypatch, memory, more
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))  # 0: the images stay on the host
+    tiny = [*tiny, *more, "--device", "cuda"]
     assert cli(script, *tiny, "--steps", 6, "--out", tmp_path / "whole").status == 0
     assert cli(script, *tiny, "--steps", 4, "--out", tmp_path / "run").status == 0
-    assert cli(script, "--resume", "--steps", 6, "--out", tmp_path / "run").status == 0
+    assert cli(script, "--resume", *more, "--steps", 6, "--out", tmp_path / "run").status == 0
     a, b = load(tmp_path / "whole"), load(tmp_path / "run")
-    assert torch.equal(a["random"]["cuda"], b["random"]["cuda"])
+    assert torch.equal(a["random"]["cuda"], b["random"]["cuda"]) and torch.equal(a["random"]["cpu"], b["random"]["cpu"])
     for key, weight in a["networks"].items():
         torch.testing.assert_close(weight, b["networks"][key], atol=2e-3, rtol=1e-2)
+
+
+@needs_cuda
+def test_on_cuda_the_first_hundred_losses_of_a_recorded_run_are_those_of_an_eager_one(
+    script, tiny, tmp_path, cli, monkeypatch
+):
+    def spy(iterate, images, nets, optimizers):
+        before = copy.deepcopy([nets.state_dict(), torch.cuda.get_rng_state()])
+        replay = record(iterate, images, nets, optimizers)
+        assert_same(before, copy.deepcopy([nets.state_dict(), torch.cuda.get_rng_state()]))
+        assert not any(tensor.any() for o in optimizers.values() for s in o.state.values() for tensor in s.values())
+        return replay
+
+    record, runs = script.record, [tmp_path / "eager", tmp_path / "recorded"]
+    monkeypatch.setattr(script, "record", spy)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    tiny = [*tiny, "--precision", "fp32", "--device", "cuda", "--save-every", 1000, "--steps", 100]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for run, more in zip(runs, ([], ["--graph"])):
+            assert cli(script, *tiny, *more, "--out", run).status == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (header, a), (same_header, b) = map(log_of, runs)
+    assert header == same_header and len(a) == len(b) == 100
+    a, b = ([[float(value or 0) for value in row] for row in rows] for rows in (a, b))
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_on_cuda_a_recorded_run_in_lower_precision_begins_as_in_float32(script, tiny, tmp_path, cli, precision):
+    runs = [tmp_path / "fp32", tmp_path / precision]
+    for run in runs:
+        more = ["--precision", run.name, "--device", "cuda", "--steps", 6, "--graph"]
+        assert cli(script, *tiny, *more, "--out", run).status == 0
+    a, b = ([float(value or 0) for value in log_of(run)[1][0]] for run in runs)
+    assert a == pytest.approx(b, rel=0.03, abs=0.03)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in load(runs[1])["networks"].values())
