@@ -1,12 +1,13 @@
 """How fast the scripts train, beside a plain loop over the same networks, losses, batches and updates.
 
     python tests/benchmark.py                                # all scripts: the paper's settings on CUDA, else --quick's
-    python tests/benchmark.py --scripts aegan pagan --out benchmark.json
+    python tests/benchmark.py --scripts aegan pagan --graph --precision bf16 --out benchmark.json
 
-`script` is the script's own draw_batch and train_step. `plain` is the loop that public collections have: a DataLoader
-of image files with workers, a forward pass for every loss with detach, torch's default Adam, .item() at every step.
-They take turns, after one that warms up; a turn ends when the device has done its work. Medians over the turns.
-Floating-point operations are those of the script's step, the peak is that of a large float32 matrix product.
+`script` is what the script does: draw_images, draw_batch and train_step, with its --graph and --precision. `plain` is
+the loop that public collections have: a DataLoader of image files with workers, a forward pass for every loss with
+detach, torch's default Adam and precision, .item() at every step. They take turns, after one that warms up; a turn ends
+when the device has done its work. Medians over the turns. Floating-point operations and peak memory are those of the
+script's step; the peak is that of a large matrix product, on CUDA in the same precision.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import draw_faces
+from common import draw_faces, draw_images
 
+TF32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # torch's defaults
 TASKS = ("aegan", "bigan_latent", "vae_began", "pagan", "inverse_gen gan", "inverse_gen aegan")
 
 
@@ -183,7 +185,7 @@ def inverse_gen(m, args, nets, device, stage):
 
 
 def build(task, device):
-    """A task's arguments, networks, optimizers, step(images) and plain_step(x, optimizers)."""
+    """A task's arguments, networks, optimizers, step(a batch of uint8 images) and plain_step(x, optimizers)."""
     name, *stage = task.split()
     module = importlib.import_module(name)
     args, _ = module.parse_args(["--out", "a folder that is not there", *(["--quick"] if device.type == "cpu" else [])])
@@ -221,53 +223,72 @@ def rate(function, arguments, seconds, device):
     return calls / (time.perf_counter() - start)
 
 
-def peak(device, size):
-    """Floating-point operations a second of a float32 matrix product of this size."""
-    a = torch.randn(size, size, device=device)
+def allow_tf32(matmul, cudnn):
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def peak(device, size, precision):
+    """Floating-point operations a second of a matrix product of this size."""
+    allow_tf32(precision != "fp32", precision != "fp32")
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * size**3 * statistics.median(rate(lambda _: a @ a, repeat(None), 0.3, device) for _ in range(5))
 
 
-def measure(task, device, folder, turns, seconds):
-    """One row of the table, as a dict."""
-    args, nets, optimizers, step, plain_step = build(task, device)
-    size = args.image_size
-    images = draw_faces(1000, size)[0]
+def load_batches(task, images, batch_size, folder, device):
+    """Batches of the images [M, 3, S, S], which are saved into the folder first, without end: [N, 3, S, S]."""
+    size = images.shape[-1]
+    if task == "inverse_gen aegan":  # which takes no images, only their number
+        return repeat(torch.zeros(batch_size, 3, size, size, device=device))
     files = folder / str(size)
     if not files.exists():
         files.mkdir()
-        for i, image in enumerate(images):
+        for i, image in enumerate(images.cpu()):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(files / f"{i:04}.png")
     loader = DataLoader(
         Files(files, task.startswith("inverse_gen")),
-        args.batch_size,
+        batch_size,
         shuffle=True,
         num_workers=min(4, torch.get_num_threads()),
         drop_last=True,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
     )
-    batches = (x.to(device, non_blocking=True) for _ in repeat(None) for x in loader)
-    if task == "inverse_gen aegan":  # which takes no images, only their number
-        batches = repeat(torch.zeros(args.batch_size, 3, size, size, device=device))
-    adam = plain_optimizers(optimizers)
-    images, rates = images.to(device), {"script": [], "plain": []}
+    return (x.to(device, non_blocking=True) for _ in repeat(None) for x in loader)
+
+
+def measure(task, device, folder, turns, seconds, precision, graph):
+    """One row of the table, as a dict."""
+    args, nets, optimizers, step, _ = build(task, device)
+    module, images = importlib.import_module(task.split()[0]), draw_faces(1000, args.image_size)[0].to(device)
+    some, run = images[: args.batch_size], step
+    module.use_precision(nets, precision)
+    if graph:
+        run = module.record(step, some, nets, optimizers)
+    run(some)
+    row = {"task": task, "batch_size": len(some), "image_size": args.image_size, "precision": precision, "graph": graph}
+    row["peak_memory"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    _, _, same_optimizers, _, plain_step = build(task, device)
+    adam, rates = plain_optimizers(same_optimizers), {"script": [], "plain": []}
+    batches = load_batches(task, images, args.batch_size, folder, device)
+
+    def script_step(images):
+        run(draw_images(images, args.batch_size, device))
+
     for turn in range(turns + 1):  # the first one warms up
-        here = (
-            rate(step, repeat(images), seconds, device),
-            rate(lambda x: plain_step(x, adam), batches, seconds, device),
-        )
+        allow_tf32(precision != "fp32", precision != "fp32")
+        here = [rate(script_step, repeat(images), seconds, device)]
+        allow_tf32(*TF32)
+        here += [rate(lambda x: plain_step(x, adam), batches, seconds, device)]
         for name, value in zip(rates, here):
             rates[name] += [args.batch_size * value] if turn else []
     with FlopCounterMode(display=False) as counter:
-        step(images)
+        step(some)
     script, plain = (statistics.median(values) for values in rates.values())
-    row = {"task": task, "batch_size": args.batch_size, "image_size": size, "script": script, "plain": plain}
-    row |= {"ratio": statistics.median(a / b for a, b in zip(*rates.values())), "rates": rates}
-    row |= {"operations_per_step": counter.get_total_flops()}
+    row |= {"script": script, "plain": plain, "rates": rates, "operations_per_step": counter.get_total_flops()}
+    row["ratio"] = statistics.median(a / b for a, b in zip(*rates.values()))
     row["operations_per_second"] = row["operations_per_step"] * script / args.batch_size
     steps = args.gan_steps if task == "inverse_gen gan" else args.steps
     row |= {"steps": steps, "minutes_for_all_steps": steps * args.batch_size / script / 60}
-    row["peak_memory"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return row
 
 
@@ -276,20 +297,22 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=sorted({task.split()[0] for task in TASKS}))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="a turn")
+    parser.add_argument("--precision", choices=("bf16", "tf32", "fp32"), default="tf32")
+    parser.add_argument("--graph", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default="benchmark.json")
     args = parser.parse_args()
     device, rows = torch.device(args.device), []
-    top = peak(device, 8192 if device.type == "cuda" else 2048)
+    top = peak(device, 8192 if device.type == "cuda" else 2048, args.precision if device.type == "cuda" else "fp32")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
-    print(f"{name}, torch {torch.__version__}, peak {top / 1e12:.2f} float32 TFLOP/s; images a second")
+    print(f"{name}, torch {torch.__version__}, peak {top / 1e12:.2f} TFLOP/s; images a second")
     print(f"{'':20}{'script':>9}{'plain':>9}{'ratio':>7}{'of peak':>9}{'all steps':>12}")
     with tempfile.TemporaryDirectory() as folder:
         for task in TASKS:
             if not args.scripts or task.split()[0] in args.scripts:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
-                row = measure(task, device, Path(folder), args.turns, args.seconds)
+                row = measure(task, device, Path(folder), args.turns, args.seconds, args.precision, args.graph)
                 row["share_of_peak"] = row["operations_per_second"] / top
                 rows.append(row)
                 print(

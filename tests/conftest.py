@@ -1,5 +1,6 @@
 """What the tests of all scripts share: a folder of images, runs of a script, comparison of checkpoints."""
 
+import copy
 import csv
 import random
 import subprocess
@@ -127,7 +128,7 @@ class CPUGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.replays = [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function is not torch.ops.aten._local_scalar_dense.default, "a graph cannot read a tensor back"
@@ -136,18 +137,39 @@ class CPUGraph(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
+        self.replays += 1
         for function, args, kwargs, first in self.calls:
             for old, new in zip(tree_leaves(first), tree_leaves(function(*args, **kwargs))):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
-@pytest.fixture
-def graphs_on_the_cpu(monkeypatch):
-    """torch.cuda's graphs are CPUGraphs from now on, its random numbers the CPU's, its streams nothing; a list of the
-    graphs that are made."""
-    made = []
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(CPUGraph()) or made[-1])
+def graphs_on_the_cpu(script, monkeypatch):
+    """From now on runs of the script have --graph on the CPU, with CPUGraphs for CUDA's; returns the list of those that
+    are made. Asserts that record leaves networks, optimizers and random numbers as they were."""
+
+    def parse(argv):
+        args, checkpoint = parse_args(argv)
+        args.graph = True
+        return args, checkpoint
+
+    def state(nets, optimizers):
+        moments = [t for o in optimizers.values() for s in o.state.values() for t in s.values()]
+        return [*nets.state_dict().values(), torch.get_rng_state()], moments
+
+    def spy(iterate, images, nets, optimizers):
+        before, moments = copy.deepcopy(state(nets, optimizers))
+        replay = record(iterate, images, nets, optimizers)
+        after, moments_after = state(nets, optimizers)
+        assert_same(before, after)
+        new = [torch.zeros_like(moment) for moment in moments_after[len(moments) :]]
+        assert_same(moments + new, moments_after)
+        return replay
+
+    graphs, parse_args, record = [], script.parse_args, script.record
+    monkeypatch.setattr(script, "parse_args", parse)
+    monkeypatch.setattr(script, "record", spy)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(CPUGraph()) or graphs[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
@@ -155,4 +177,4 @@ def graphs_on_the_cpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    return made
+    return graphs

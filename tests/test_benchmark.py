@@ -5,13 +5,15 @@ import sys
 import benchmark
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, graphs_on_the_cpu
+
+import inverse_gen
 
 
 @pytest.mark.parametrize("task", benchmark.TASKS)
 def test_the_plain_loop_updates_what_the_script_updates(task):
     args, nets, optimizers, step, plain_step = benchmark.build(task, torch.device("cpu"))
-    images = torch.randint(256, (20, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
 
     def changed(function, argument):
         before = {name: parameter.clone() for name, parameter in nets.named_parameters()}
@@ -33,3 +35,10 @@ def test_it_prints_a_table_and_writes_json(tmp_path):
     assert [row["task"] for row in found["rows"]] == ["inverse_gen gan", "inverse_gen aegan"] and found["peak"] > 0
     for row in found["rows"]:
         assert row["ratio"] == pytest.approx(row["script"] / row["plain"]) and row["operations_per_step"] > 1e8
+
+
+def test_a_recorded_step_in_lower_precision_is_measured_too(tmp_path, monkeypatch):
+    graphs = graphs_on_the_cpu(inverse_gen, monkeypatch)
+    row = benchmark.measure("inverse_gen gan", torch.device("cpu"), tmp_path, 1, 0.01, "bf16", True)
+    assert graphs[0].replays > 2 and (row["precision"], row["graph"]) == ("bf16", True)
+    assert row["script"] > 0 and row["plain"] > 0 and row["operations_per_step"] > 1e8

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, adam_by_hand, assert_refused, assert_same, files, load, log_of, refuse_reading_back, start
+from conftest import (
+    TINY,
+    adam_by_hand,
+    assert_refused,
+    assert_same,
+    files,
+    graphs_on_the_cpu,
+    load,
+    log_of,
+    refuse_reading_back,
+    start,
+)
 from PIL import Image
 from torch import nn
 
@@ -658,6 +669,16 @@ def test_stopped_in_either_stage_a_run_resumes_to_the_same_bits(photos, tmp_path
         assert cli(inverse_gen, "--resume", "--out", run, "--device", "cpu").status == 0
         assert_same(load(tmp_path / "whole"), load(run))
         assert (tmp_path / "whole" / "log.csv").read_bytes() == (run / "log.csv").read_bytes()
+
+
+def test_each_stage_is_recorded_by_itself(photos, tmp_path, cli, monkeypatch):
+    small = ["--data", photos, *TINY, "--gan-steps", 3, "--steps", 3]
+    assert cli(inverse_gen, *small, "--out", tmp_path / "eager").status == 0
+    graphs = graphs_on_the_cpu(inverse_gen, monkeypatch)
+    assert cli(inverse_gen, *small, "--out", tmp_path / "recorded").status == 0
+    assert [graph.replays for graph in graphs] == [3, 3]
+    assert_same(load(tmp_path / "eager"), load(tmp_path / "recorded"))
+    assert (tmp_path / "eager" / "log.csv").read_bytes() == (tmp_path / "recorded" / "log.csv").read_bytes()
 
 
 def test_a_query_finds_the_nearest_images(photos, tmp_path, cli):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_refused, assert_same, files, load, log_of, start
+from conftest import TINY, assert_refused, assert_same, files, graphs_on_the_cpu, load, log_of, start
 from PIL import Image
 
 from common import draw_faces, load_data
@@ -360,37 +360,10 @@ def test_batches_are_drawn_from_the_training_images(script, tiny, tmp_path, cli,
     assert drawn == [(True, 4, torch.device("cpu"))] * 2
 
 
-@pytest.fixture
-def recorded(script, monkeypatch):
-    """A function after which runs on the CPU have --graph too. Asserts that record leaves everything as it was."""
-
-    def parse(argv):
-        args, checkpoint = parse_args(argv)
-        args.graph = True
-        return args, checkpoint
-
-    def state(nets, optimizers):
-        moments = [tuple(s.values()) for o in optimizers.values() for s in o.state.values()]
-        return [*nets.state_dict().values(), torch.get_rng_state()], [t for parts in moments for t in parts]
-
-    def spy(iterate, images, nets, optimizers):
-        networks, moments = copy.deepcopy(state(nets, optimizers))
-        replay = record(iterate, images, nets, optimizers)
-        networks_after, moments_after = state(nets, optimizers)
-        assert_same(networks, networks_after)
-        assert_same(moments or [torch.zeros_like(moment) for moment in moments_after], moments_after)
-        return replay
-
-    parse_args, record = script.parse_args, script.record
-    monkeypatch.setattr(script, "parse_args", parse)
-    monkeypatch.setattr(script, "record", spy)
-
-
-def test_a_recorded_run_and_a_resumed_one_end_in_the_same_bits(
-    script, tiny, tmp_path, cli, finished, graphs_on_the_cpu, recorded
-):
+def test_a_recorded_run_and_a_resumed_one_end_in_the_same_bits(script, tiny, tmp_path, cli, finished, monkeypatch):
+    graphs = graphs_on_the_cpu(script, monkeypatch)
     assert cli(script, *tiny, "--steps", 6, "--out", tmp_path / "whole").status == 0
-    assert len(graphs_on_the_cpu) == 1 and len(graphs_on_the_cpu[0].calls) > 100
+    assert [graph.replays for graph in graphs] == [6] and len(graphs[0].calls) > 100
     assert cli(script, *tiny, "--steps", 3, "--out", tmp_path / "run").status == 0
     assert cli(script, "--resume", "--steps", 6, "--out", tmp_path / "run", "--device", "cpu").status == 0
     for run in (tmp_path / "whole", tmp_path / "run"):
