@@ -58,6 +58,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -455,21 +456,23 @@ def measure(nets, data, z):
     G, E, D = nets["G"], nets["E"], nets["D"]
     x_hat = G(z)
     mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
-    names = ("heldout_l1", "heldout_l1_of_mean_image", "autodecoder_q", "d_on_real", "d_on_reconstructions")
-    results = dict.fromkeys(names, 0.0)
+    results = defaultdict(float)
     for part in data.heldout.split(250):
         x, share = to_float(part.to(z.device)), len(part) / len(data.heldout)
         z_hat = E(x)
         x_tilde = G(z_hat)
-        values = (F.l1_loss(x_tilde, x), F.l1_loss(mean_image.expand_as(x), x), autodecoder_loss_q(E(x_tilde), z_hat))
-        values += (percent(D, x, z_hat).mean(), percent(D, x_tilde, z_hat).mean())
-        for name, value in zip(names, values):
+        values = {"heldout_l1": F.l1_loss(x_tilde, x)}
+        values["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x)
+        values["autodecoder_q"] = autodecoder_loss_q(E(x_tilde), z_hat)
+        values["d_on_real"] = percent(D, x, z_hat).mean()
+        values["d_on_reconstructions"] = percent(D, x_tilde, z_hat).mean()
+        for name, value in values.items():
             results[name] += share * value.item()
     results["d_on_samples"] = percent(D, x_hat, z).mean().item()
     results["latent_l1"] = F.l1_loss(E(x_hat), z).item()
     results["sample_diversity"] = sample_diversity(x_hat, to_float(data.heldout[: len(z)].to(z.device)))
     nets.train()
-    return results
+    return dict(results)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -515,7 +518,7 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and dropout; the held-out images are always the same")
-    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of the networks' products on CUDA")
+    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of products; on a CPU tf32 is fp32")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 

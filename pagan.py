@@ -528,7 +528,7 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of the networks' products on CUDA")
+    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of products; on a CPU tf32 is fp32")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
