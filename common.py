@@ -61,7 +61,7 @@ def load_data(name, size, seed=0, root="data"):
 
 def place_images(images, device):
     """Images uint8 [M, 3, S, S] where draw_images shall take them from: on the torch.device, or if they would fill more
-    than half of its free memory where they are."""
+    than half of its free memory where they are. (There, they are drawn by that device's random numbers.)"""
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return images
     return images.to(device)

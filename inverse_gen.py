@@ -59,7 +59,7 @@ import sys
 import time
 import zlib
 from datetime import timedelta
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -264,7 +264,7 @@ def train_step(nets, optimizers, stage, x, z):
 
 
 def record(iterate, images, nets, optimizers):
-    """iterate(images) as one CUDA graph: a function that replays it, and returns the same tensors with new values.
+    """iterate(images) as a CUDA graph: a function that replays it and returns the same tensors, with new values.
 
     images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
     optimizers and random numbers are afterwards as they were before.
@@ -299,9 +299,9 @@ def record(iterate, images, nets, optimizers):
 
 
 def use_precision(nets, precision):
-    """Matrix products and convolutions on CUDA in float32 (fp32), TensorFloat-32 (tf32) or bfloat16 (bf16).
+    """Let CUDA compute products in float32 alone (fp32), or in TensorFloat-32 (tf32), here and in all of the process.
 
-    In bf16 the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
+    bf16: the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     for net in nets.values() if precision == "bf16" else ():
@@ -676,9 +676,9 @@ def train(args, nets, optimizers, invert, data, z, run):
         torch.save({"script": "inverse_gen", **run, **state}, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
-    @cache
+    @lru_cache(1)  # one graph at a time
     def step_of(stage):
-        """The function of uint8 images that is one step of the stage, recorded when the stage begins."""
+        """The function of uint8 images that is one step of the stage; with --graph recorded when the stage begins."""
 
         def iterate(drawn):
             return train_step(nets, optimizers, stage, *draw_batch(drawn, args.latent_dim))

@@ -290,7 +290,7 @@ def train_step(nets, optimizers, x, z_g, epsilon, **weights):
 
 
 def record(iterate, images, nets, optimizers):
-    """iterate(images) as one CUDA graph: a function that replays it, and returns the same tensors with new values.
+    """iterate(images) as a CUDA graph: a function that replays it and returns the same tensors, with new values.
 
     images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
     optimizers and random numbers are afterwards as they were before.
@@ -325,9 +325,9 @@ def record(iterate, images, nets, optimizers):
 
 
 def use_precision(nets, precision):
-    """Matrix products and convolutions on CUDA in float32 (fp32), TensorFloat-32 (tf32) or bfloat16 (bf16).
+    """Let CUDA compute products in float32 alone (fp32), or in TensorFloat-32 (tf32), here and in all of the process.
 
-    In bf16 the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
+    bf16: the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     networks = [net for net in nets.modules() if isinstance(net, Encoder | Decoder)]  # D's two, too

@@ -11,6 +11,7 @@ script's step; the peak is that of a large matrix product, on CUDA in the same p
 """
 
 import argparse
+import gc
 import importlib
 import json
 import statistics
@@ -219,6 +220,8 @@ def rate(function, arguments, seconds, device):
     while time.perf_counter() - start < seconds:
         function(next(arguments))
         calls += 1
+        if calls % 100 == 0:  # so that the host does not run away from the device
+            wait(device)
     wait(device)
     return calls / (time.perf_counter() - start)
 
@@ -264,9 +267,14 @@ def measure(task, device, folder, turns, seconds, precision, graph):
     module.use_precision(nets, precision)
     if graph:
         run = module.record(step, some, nets, optimizers)
-    run(some)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(3):
+        run(some)
     row = {"task": task, "batch_size": len(some), "image_size": args.image_size, "precision": precision, "graph": graph}
-    row["peak_memory"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    row["peak_memory"] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     _, _, same_optimizers, _, plain_step = build(task, device)
     adam, rates = plain_optimizers(same_optimizers), {"script": [], "plain": []}
     batches = load_batches(task, images, args.batch_size, folder, device)
@@ -310,8 +318,6 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for task in TASKS:
             if not args.scripts or task.split()[0] in args.scripts:
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
                 row = measure(task, device, Path(folder), args.turns, args.seconds, args.precision, args.graph)
                 row["share_of_peak"] = row["operations_per_second"] / top
                 rows.append(row)

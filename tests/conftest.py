@@ -158,6 +158,7 @@ def graphs_on_the_cpu(script, monkeypatch):
         return [*nets.state_dict().values(), torch.get_rng_state()], moments
 
     def spy(iterate, images, nets, optimizers):
+        assert all(group["capturable"] for optimizer in optimizers.values() for group in optimizer.param_groups)
         before, moments = copy.deepcopy(state(nets, optimizers))
         replay = record(iterate, images, nets, optimizers)
         after, moments_after = state(nets, optimizers)
