@@ -276,8 +276,9 @@ def train_step(nets, optimizers, x, z, weights):
         optimizer.zero_grad()
         losses[name].backward(inputs=optimizer.param_groups[0]["params"], retain_graph=True)
     for optimizer in optimizers.values():
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad.div_((parameter.grad.norm() / CLIP_NORM).clamp(min=1))
+        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        norms = torch.stack(torch._foreach_norm(gradients))  # one call for all
+        torch._foreach_div_(gradients, (norms / CLIP_NORM).clamp(min=1).unbind())
         optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
