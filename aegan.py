@@ -291,6 +291,7 @@ def record(iterate, images, nets, optimizers):
     """
 
     def state():
+        """The tensors that a step changes."""
         moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
         return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
 
@@ -311,6 +312,7 @@ def record(iterate, images, nets, optimizers):
     torch.cuda.set_rng_state(random, images.device)
 
     def replay(new_images):
+        """A step on other images."""
         images.copy_(new_images)
         graph.replay()
         return losses
@@ -460,6 +462,12 @@ def parse_args(argv):
     elif args.quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
+    check_args(args, checkpoint)
+    return args, checkpoint
+
+
+def check_args(args, checkpoint):
+    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
     for name, value in vars(args).items():
         minimum = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
         if minimum is not None and not minimum <= value < 2**63:
@@ -477,7 +485,6 @@ def parse_args(argv):
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.graph and torch.device(args.device).type != "cuda":
         fail(f"--graph needs CUDA, not --device {args.device}")
-    return args, checkpoint
 
 
 def load_checkpoint(path):
@@ -509,6 +516,7 @@ def train(args, nets, optimizers, data, z, run):
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
     def iterate(drawn):
+        """One step on uint8 images."""
         return train_step(nets, optimizers, *draw_batch(drawn, args.latent_dim, not args.no_flip), weights)
 
     if args.graph:

@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         if not self.stochastic:
             return self.layers(x)
         mean, log_variance = self.layers(x).chunk(2, dim=1)
-        return mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        return mean + (log_variance / 2).exp() * torch.randn_like(mean, dtype=x.dtype) if self.training else mean
 
 
 class Discriminator(nn.Module):
@@ -332,6 +332,7 @@ def record(iterate, images, nets, optimizers):
     """
 
     def state():
+        """The tensors that a step changes."""
         moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
         return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
 
@@ -352,6 +353,7 @@ def record(iterate, images, nets, optimizers):
     torch.cuda.set_rng_state(random, images.device)
 
     def replay(new_images):
+        """A step on other images."""
         images.copy_(new_images)
         graph.replay()
         return losses
@@ -532,6 +534,12 @@ def parse_args(argv):
     else:
         parser.set_defaults(**EXPERIMENTS[args.experiment], **QUICK if args.quick else {})
     args = parser.parse_args(argv)
+    check_args(args, checkpoint)
+    return args, checkpoint
+
+
+def check_args(args, checkpoint):
+    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
     for name, value in vars(args).items():
         minimum = {int: 0 if name in ("seed", "unroll") else 1, float: 0}.get(type(value))
         if minimum is not None and not minimum <= value < 2**63:
@@ -549,7 +557,6 @@ def parse_args(argv):
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.graph and torch.device(args.device).type != "cuda":
         fail(f"--graph needs CUDA, not --device {args.device}")
-    return args, checkpoint
 
 
 def load_checkpoint(path):
@@ -598,6 +605,7 @@ def train(args, nets, optimizers, data, z, run):
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
     def iterate(drawn):
+        """One step on uint8 images."""
         return train_step(nets, optimizers, *draw_batch(drawn, args.latent_dim), weights, args.unroll)
 
     if args.graph:

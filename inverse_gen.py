@@ -271,6 +271,7 @@ def record(iterate, images, nets, optimizers):
     """
 
     def state():
+        """The tensors that a step changes."""
         moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
         return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
 
@@ -291,6 +292,7 @@ def record(iterate, images, nets, optimizers):
     torch.cuda.set_rng_state(random, images.device)
 
     def replay(new_images):
+        """A step on other images."""
         images.copy_(new_images)
         graph.replay()
         return losses
@@ -609,6 +611,15 @@ def parse_args(argv):
             sizes = {name: config[name] for name in ("image_size", "channels", "latent_dim")}
             parser.set_defaults(**sizes, gan_steps=0)
     args = parser.parse_args(argv)
+    for name, value in sizes.items():
+        if getattr(args, name) != value:
+            fail(f"{args.generator} was made with {name} = {value}, not {getattr(args, name)}: leave that out")
+    check_args(args, checkpoint)
+    return args, checkpoint
+
+
+def check_args(args, checkpoint):
+    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
     for name, value in vars(args).items():
         minimum = {int: 0 if name in ("seed", "gan_steps") else 1, float: 0}.get(type(value))
         if minimum is not None and not minimum <= value < 2**63:
@@ -617,9 +628,6 @@ def parse_args(argv):
         fail("--generator goes neither with --method bigan, which trains its own, nor with --gan-steps")
     if not args.generator and not args.gan_steps:
         fail("--gan-steps cannot be 0 without --generator")
-    for name, value in sizes.items():
-        if getattr(args, name) != value:
-            fail(f"{args.generator} was made with {name} = {value}, not {getattr(args, name)}: leave that out")
     free = {"data", "log_every", "save_every", "search_steps", "search_rate", "gallery"}
     free |= set() if args.eval or args.query is not None else {"steps"}
     for name, value in checkpoint["config"].items() if checkpoint else ():
@@ -637,7 +645,6 @@ def parse_args(argv):
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.graph and torch.device(args.device).type != "cuda":
         fail(f"--graph needs CUDA, not --device {args.device}")
-    return args, checkpoint
 
 
 def load_checkpoint(path):
@@ -678,9 +685,10 @@ def train(args, nets, optimizers, invert, data, z, run):
 
     @lru_cache(1)  # one graph at a time
     def step_of(stage):
-        """The function of uint8 images that is one step of the stage; with --graph recorded when the stage begins."""
+        """The function that is a step of the stage; with --graph it is recorded when the stage begins."""
 
         def iterate(drawn):
+            """One step on uint8 images."""
             return train_step(nets, optimizers, stage, *draw_batch(drawn, args.latent_dim))
 
         return record(iterate, images[: args.batch_size].to(z.device), nets, optimizers) if args.graph else iterate
@@ -722,6 +730,19 @@ def train(args, nets, optimizers, invert, data, z, run):
     if stop:
         print(f"stopped after step {step}: continue with --resume")
         sys.exit(130)
+
+
+def print_results(results):
+    """A line for each number of measure's results, or for each row of numbers."""
+    rows = {name: value for name, value in results.items() if isinstance(value, float)}
+    rows |= {f"search_top1 {change}": row for change, row in results["search_top1"].items()}
+    if results["label_agreement"]:
+        rows["label_agreement"] = results["label_agreement"]
+    for name, value in rows.items():
+        row = value if isinstance(value, dict) else {"": value}
+        print(
+            f"{name:26}" + "  ".join(f"{key} {number:.3f}" if key else f"{number:10.3f}" for key, number in row.items())
+        )
 
 
 def main(argv=None):
@@ -786,14 +807,7 @@ def main(argv=None):
     results = measure(nets, invert, data, z, described)
     results |= {"steps": run["step"], "steps_per_second": run["step"] / max(run["seconds"], 1e-9), "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    rows = {name: value for name, value in results.items() if isinstance(value, float)}
-    rows |= {f"search_top1 {change}": row for change, row in results["search_top1"].items()}
-    rows |= {"label_agreement": results["label_agreement"]} if data.attributes else {}
-    for name, value in rows.items():
-        row = value if isinstance(value, dict) else {"": value}
-        print(
-            f"{name:26}" + "  ".join(f"{key} {number:.3f}" if key else f"{number:10.3f}" for key, number in row.items())
-        )
+    print_results(results)
     print(f"The figures and results.json are in {out}/")
 
 

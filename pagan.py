@@ -287,6 +287,7 @@ def record(iterate, images, nets, optimizers):
     """
 
     def state():
+        """The tensors that a step changes."""
         moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
         return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
 
@@ -307,6 +308,7 @@ def record(iterate, images, nets, optimizers):
     torch.cuda.set_rng_state(random, images.device)
 
     def replay(new_images):
+        """A step on other images."""
         images.copy_(new_images)
         graph.replay()
         return losses
@@ -542,6 +544,12 @@ def parse_args(argv):
     else:
         parser.set_defaults(**QUICK if args.quick else {})
     args = parser.parse_args(argv)
+    check_args(args, checkpoint)
+    return args, checkpoint
+
+
+def check_args(args, checkpoint):
+    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
     for name, value in vars(args).items():
         minimum = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
         if minimum is not None and not minimum <= value < 2**63:
@@ -563,7 +571,6 @@ def parse_args(argv):
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.graph and torch.device(args.device).type != "cuda":
         fail(f"--graph needs CUDA, not --device {args.device}")
-    return args, checkpoint
 
 
 def load_checkpoint(path):
@@ -630,6 +637,7 @@ def train(args, nets, optimizers, data, z, run):
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
     def iterate(drawn):
+        """One step on uint8 images."""
         batch = draw_batch(drawn, args.latent_dim, args.augmentation, args.crop)
         return train_step(nets, optimizers, *batch, args.l1_weight)
 

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import json
+import math
 import random
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,6 +61,28 @@ def start(script, *arguments, cwd):
     """Run a script in a process of its own, as a user does; returns the process."""
     command = [sys.executable, ROOT / f"{script}.py", *map(str, arguments)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_as_a_user(name, *arguments, cwd, pictures):
+    """Run a script, five steps, in a process of its own; returns what it printed, results.json, the losses and the log.
+
+    pictures: all that it should leave, {name: (columns, rows, tiles of 64 pixels in a column)}.
+    """
+    process = start(name, *arguments, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    folder = cwd / "runs" / name
+    assert set(files(folder)) == {f"{name}.png" for name in pictures} | {"checkpoint.pt", "log.csv", "results.json"}
+    for picture, (columns, down, images) in pictures.items():
+        with Image.open(folder / f"{picture}.png") as image:
+            image.load()
+            assert image.size == (columns * (64 * images + 4) + 4, down * 68 + 4), picture
+    results, (header, rows) = json.loads((folder / "results.json").read_text()), log_of(folder)
+    assert results["steps"] == 5 and results["steps_per_second"] > 0
+    assert header[0] == "step" and [row[0] for row in rows] == list("12345")
+    assert all(math.isfinite(float(value or 0)) for row in rows for value in row)
+    assert " on 27 images of " in out and "step 5  " in out and "steps/s" in out and "left" in out
+    return out, results, header[1:], rows
 
 
 def assert_refused(result, *words):
