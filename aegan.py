@@ -1,52 +1,48 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
-# ///
-"""Autoencoding generative adversarial networks (Conor Lazarou, arXiv:2004.05472, 2020).
+"""Autoencoding generative adversarial networks (Conor Lazarou, 2020).
+
+https://arxiv.org/abs/2004.05472, the author's code: https://github.com/ConorLazarou/AEGAN-keras
 
 Four networks: a generator G from latents to images, an encoder E from images to latents, and a discriminator on either
-side, D_x of images and D_z of latents. G and E must fool them with what they make of real latents and images,
-x_hat = G(z) and z_hat = E(x), and with what they make of each other's output, x_tilde = G(E(x)) and z_tilde = E(G(z));
-and the latter two must be the x and z they began with. So G and E become each other's inverse, and G, which has to
-give back every training image, cannot collapse to a few.
+side, D_x of images and D_z of latents. G and E must fool them with what they make of real latents and images, x_hat and
+z_hat, and with what they make of each other's output, x_tilde and z_tilde; and the latter two must be the x and z they
+began with. So G and E become each other's inverse. G has to give back every training image, which mitigates collapse.
 
     python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python aegan.py --data photos/ --out runs/photos    # the paper's set-up on a folder of images
     python aegan.py --model gan --out runs/gan          # the paper's baseline: the same G and D_x alone
 
 paper -> code
-    Figure 2   the four networks                    Generator, Encoder, ImageDiscriminator, LatentDiscriminator
-    Eq. 1-5    adversarial losses                   discriminator_loss (for D_x, D_z), generator_loss (for G, E)
-    Eq. 6      reconstruction losses                image_reconstruction_loss, latent_reconstruction_loss
-    Eq. 7      the whole objective                  total_loss (for G, E); all in all_losses, minimised by train_step
-    Section 4  the baselines GAN and AAE            --model gan, --model aae; MODELS
-    Figure 1   interpolation between real images    save_interpolations
-    Figure 3   GAN and AEGAN, the same 100 vectors  save_samples
-    Figure 4   reconstructions by AAE and AEGAN     save_reconstructions
-    Sec. 4.1   "total mode collapse" of the GAN     sample_diversity
+    Section 3.1  x, z; x_hat = G(z), z_hat = E(x), x_tilde = G(E(x)), z_tilde = E(G(z))
+    Figure 2     the four networks                    Generator, Encoder, ImageDiscriminator, LatentDiscriminator
+    Eq. 1        the GAN, a baseline                  gan_losses, --model gan
+    Eq. 2-5      adversarial losses                   discriminator_loss (for D), generator_loss (for G, E)
+    Eq. 6, 7     reconstruction, the whole objective  aegan_losses; which loss moves which network: train_step
+    Section 4    the AAE, a baseline                  aae_losses, --model aae
+    Figure 1     interpolation between real images    save_interpolations
+    Figures 3, 4 samples; pairs of x and x_tilde      save_figures
+    Sec. 4.1     "total mode collapse" of the GAN     sample_diversity
 
-Rulings, where the paper is silent, or its text and the author's published code part
-    - The paper names no architecture and no weights; numbers that cite no section are from that code, or Adam's usual.
-    - G and E minimise -log D(fake), not log(1 - D(fake)), and only the discriminators' labels are smoothed, as there.
-    - The norms of Eq. 6 are means: absolute error over pixels, squared error over latent dimensions, as there.
+Rulings, where the paper is silent or contradicts itself
+    - It names no architecture and no weights: numbers that cite no section are the author's code's, or Adam's usual.
+    - G and E minimise -log D(fake), and only the discriminators' labels are smoothed, as in that code.
+    - The norms of Eq. 6 are means, over pixels and over latent dimensions, the second one squared, as in that code.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
-    - There, D_x and D_z are updated four times, a kind of batch each, then G and E four times. Here a step draws one x
-      and one z and updates every network once with all its terms: in the same ratio, from one forward pass.
-    - D_x has layer norm as E has; dense layers start as Keras's do (Glorot's weights, zero biases).
-    - The AAE is that of Makhzani et al., which the paper cites: Eq. 4 and the image term of Eq. 6.
+    - Eq. 4 and 5 print their expectations with x and z swapped: the real latents are the prior's.
+    - The AAE is that of Makhzani et al., whom the paper cites: Eq. 4 and the image term of Eq. 6.
+Departures
+    - The players take turns in the paper; in its code G and E step against a D that has stepped, and D's fakes are made
+      in evaluation mode. Here all step at once, from one forward pass in training mode.
+    - --alpha, from that code, weighs Eq. 2 to 5 for G and E alone. --quick divides it by 20, --lambda-rz by 10.
     - Batches are drawn with replacement; each image is mirrored with probability 1/2, for the paper's mirrored copies.
     - Other image sizes keep six layers and the 4x4 bottleneck; the number of layers that resize varies.
-    - "11134 epochs" is a misprint: 300,000 steps of 16 are 111.34 epochs of 43,104 images.
+    - Default data are drawn faces, not anime's. A tenth is held out, and pictures and results show only that.
 """
 
 import argparse
 import json
 import math
-import os
-import signal
 import sys
 import time
-import zlib
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -55,46 +51,47 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import DataError, draw_images, load_data, place_images, save_grid, to_float
+from common import draw_images, load_data, place_images, save_grid, to_float
 
+NAME = "aegan"
 MODELS = {"aegan": ("G", "E", "D_x", "D_z"), "gan": ("G", "D_x"), "aae": ("G", "E", "D_z")}  # Section 4
 IMAGE_SIZES = (16, 32, 64, 128, 256)
 REAL, FAKE = 0.95, 0.05  # the discriminators' labels
 LEAK = 0.02  # slope of the discriminators' leaky ReLU
-NORM_EPSILON = 1e-3
-INPUT_NOISE = 0.01  # standard deviation of the noise added to the inputs of E, D_x, D_z
-LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # and of the factor after each of their layers: Keras's rate of 0.005
-BETAS = (0.5, 0.999)
+INPUT_NOISE = 0.01  # deviation of the noise added to what E, D_x and D_z take, ...
+LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # ... and of the factors on what their layers give: Keras's rate of 0.005
+INITIAL_STD = 0.02  # of weights, but for the style's and those of D_z
+BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam
 CLIP_NORM = 1.0  # of each parameter's gradient
 QUICK = {"image_size": 16, "channels": 16, "steps": 1100, "save_every": 300}
-QUICK |= {"lr": 5e-4, "lambda_ax": 0.05, "lambda_az": 0.05, "lambda_rz": 0.5}
+QUICK |= {"lr": 5e-4, "alpha": 0.05, "lambda_rz": 0.5}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels, at each pixel: [N, C, H, W] -> [N, C, H, W]."""
+    """Layer norm over dimension 1, in images at each pixel: [N, C] -> [N, C] or [N, C, H, W] -> [N, C, H, W]."""
 
     def __init__(self, channels):
-        super().__init__(channels, NORM_EPSILON)
+        super().__init__(channels, eps=1e-3)
 
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class AddNoise(nn.Module):
-    """In training, x + 0.01 n with n ~ N(0, I)."""
+    """In training mode, x + 0.01 n with n ~ N(0, I)."""
 
     def forward(self, x):
-        return x + torch.normal(0, INPUT_NOISE, x.shape, device=x.device) if self.training else x
+        return x + INPUT_NOISE * torch.randn_like(x) if self.training else x
 
 
 class MultiplyNoise(nn.Module):
-    """In training, x (1 + 0.07 n) with n ~ N(0, I)."""
+    """In training mode, x (1 + 0.07 n) with n ~ N(0, I)."""
 
     def forward(self, x):
-        return x * torch.normal(1, LAYER_NOISE, x.shape, device=x.device) if self.training else x
+        return x * (1 + LAYER_NOISE * torch.randn_like(x)) if self.training else x
 
 
 def same_conv(c_in, c_out, kernel, stride=1):
@@ -103,29 +100,25 @@ def same_conv(c_in, c_out, kernel, stride=1):
     return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), nn.Conv2d(c_in, c_out, kernel, stride))
 
 
-def conv_stack(image_size, channels, kernel, activation):
-    """What E and D_x share: images [N, 3, S, S] in [-1, 1] -> features [N, 64 * channels]."""
-    widths = [3] + [channels * w for w in (1, 1, 2, 2, 2, 4)]
-    halvings = image_size.bit_length() - 3  # to 4x4
-    strides = [2] * halvings + [1] * (6 - halvings)
-    layers = [AddNoise()]
-    for c_in, c_out, stride in zip(widths, widths[1:], strides):
-        layers += [same_conv(c_in, c_out, kernel, stride), ChannelNorm(c_out), activation, MultiplyNoise()]
-    return nn.Sequential(*layers, nn.Flatten())
-
-
 class Encoder(nn.Sequential):
     """E: images x [N, 3, S, S] in [-1, 1] -> latents z_hat [N, Z]."""
 
-    def __init__(self, image_size, channels, latent_dim):
-        super().__init__(conv_stack(image_size, channels, 4, nn.ReLU()), nn.Linear(64 * channels, latent_dim))
+    def __init__(self, image_size, channels, outputs, kernel=4, leak=0.0):
+        widths = [3] + [channels * w for w in (1, 1, 2, 2, 2, 4)]
+        halvings = image_size.bit_length() - 3  # to 4x4
+        strides = [2] * halvings + [1] * (6 - halvings)
+        layers = [AddNoise()]
+        for c_in, c_out, stride in zip(widths, widths[1:], strides):
+            conv = same_conv(c_in, c_out, kernel, stride)
+            layers += [conv, MultiplyNoise(), ChannelNorm(c_out), nn.LeakyReLU(leak)]  # a leak of 0 is a ReLU
+        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * channels, outputs))
 
 
-class ImageDiscriminator(nn.Sequential):
+class ImageDiscriminator(Encoder):
     """D_x: images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
 
     def __init__(self, image_size, channels):
-        super().__init__(conv_stack(image_size, channels, 3, nn.LeakyReLU(LEAK)), nn.Linear(64 * channels, 1))
+        super().__init__(image_size, channels, 1, kernel=3, leak=LEAK)
 
 
 class LatentDiscriminator(nn.Module):
@@ -135,9 +128,9 @@ class LatentDiscriminator(nn.Module):
         super().__init__()
         self.noise, self.layers = AddNoise(), nn.ModuleList()
         for c_in in range(latent_dim, latent_dim + depth * width, width):
-            norm = nn.LayerNorm(width, NORM_EPSILON)
-            self.layers.append(nn.Sequential(nn.Linear(c_in, width), norm, nn.LeakyReLU(LEAK), MultiplyNoise()))
-        self.hidden = nn.Sequential(nn.Linear(latent_dim + depth * width, 128), nn.LeakyReLU(LEAK), MultiplyNoise())
+            layer = nn.Linear(c_in, width), MultiplyNoise(), ChannelNorm(width), nn.LeakyReLU(LEAK)
+            self.layers.append(nn.Sequential(*layer))
+        self.hidden = nn.Sequential(nn.Linear(latent_dim + depth * width, 128), nn.LeakyReLU(LEAK))
         self.logit = nn.Linear(128, 1)
 
     def forward(self, z):
@@ -155,16 +148,15 @@ class Generator(nn.Module):
         doublings = image_size.bit_length() - 3  # from 4x4
         self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
-        self.trunk = nn.Sequential(nn.Linear(latent_dim, 16 * channels), nn.Unflatten(1, (channels, 4, 4)))
-        self.trunk.extend([ChannelNorm(channels), nn.ReLU()])
-        self.style = nn.Sequential(nn.Linear(latent_dim, channels), nn.LayerNorm(channels, NORM_EPSILON), nn.ReLU())
+        self.trunk = nn.Sequential(nn.Linear(latent_dim, 16 * channels), ChannelNorm(16 * channels), nn.ReLU())
+        self.style = nn.Sequential(nn.Linear(latent_dim, channels), ChannelNorm(channels), nn.ReLU())
         self.layers = nn.ModuleList()
         for c_in, c_out in zip(widths, widths[1:]):
             self.layers.append(nn.Sequential(same_conv(c_in + channels, c_out, 4), ChannelNorm(c_out), nn.ReLU()))
         self.layers.append(nn.Sequential(same_conv(2 * channels, 3, 4), nn.Tanh()))
 
     def forward(self, z):
-        h, style = self.trunk(z), self.style(z)[:, :, None, None]  # (N, c, 4, 4), (N, c, 1, 1)
+        h, style = self.trunk(z).unflatten(1, (-1, 4, 4)), self.style(z)[:, :, None, None]  # (N, c, 4, 4), (N, c, 1, 1)
         for scale, layer in zip(self.scales, self.layers):
             h = torch.cat([h, style.expand(-1, -1, *h.shape[2:])], dim=1)
             h = layer(F.interpolate(h, scale_factor=scale) if scale > 1 else h)  # to the nearest neighbour
@@ -172,15 +164,19 @@ class Generator(nn.Module):
 
 
 def build_networks(model, image_size, channels, latent_dim):
-    """The networks of MODELS[model] by the paper's names; from one seed they are the same in all models."""
+    """The networks of MODELS[model] by the paper's names, in training mode; from one seed the same in all models."""
+    if model not in MODELS or image_size not in IMAGE_SIZES:
+        raise ValueError(f"model {model}, image_size {image_size}: must be of {list(MODELS)}, of {IMAGE_SIZES}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
     nets["D_x"] = ImageDiscriminator(image_size, channels)
     nets["D_z"] = LatentDiscriminator(latent_dim)
-    for layer in nets.modules():
+    for name, layer in nets.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.zeros_(layer.bias)
-            nn.init.normal_(layer.weight, std=0.02) if layer.weight.ndim == 4 else nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.weight, std=INITIAL_STD)
+            if name.startswith(("G.style", "D_z")):
+                nn.init.xavier_uniform_(layer.weight)
     return nn.ModuleDict({name: nets[name] for name in MODELS[model]})
 
 
@@ -188,201 +184,148 @@ def build_networks(model, image_size, channels, latent_dim):
 
 
 def discriminator_loss(d_real, d_fake):
-    """Eq. 2 to 5 as D minimises them: -E[log D(real)] - E[log(1 - D(fake))], with labels 0.95 and 0.05 for 1 and 0.
+    """Eq. 2 to 5 as D minimises them: -mean log D(real) - mean log(1 - D(fake)), with labels 0.95 and 0.05 for 1 and 0.
 
-    d_real, d_fake: D's logits [N, 1]; in Eq. 1 and 2 D_x of x and x_hat, in Eq. 3 D_x of x and x_tilde, in Eq. 4 D_z of
-    z and z_hat, in Eq. 5 D_z of z and z_tilde.
+    d_real, d_fake: D's logits [N, 1], [M, 1]; D_x's of x and x_hat in Eq. 1 and 2, of x and x_tilde in Eq. 3, D_z's of
+    z and z_hat in Eq. 4, of z and z_tilde in Eq. 5.
     """
     real = F.binary_cross_entropy_with_logits(d_real, torch.full_like(d_real, REAL))
     return real + F.binary_cross_entropy_with_logits(d_fake, torch.full_like(d_fake, FAKE))
 
 
 def generator_loss(d_fake):
-    """Eq. 2 to 5 as G and E minimise them: -E[log D(fake)]. d_fake: D's logits [N, 1], as in discriminator_loss."""
+    """Eq. 2 to 5 as G and E minimise them: -mean log D(fake). d_fake: D's logits [N, 1], as in discriminator_loss."""
     return F.binary_cross_entropy_with_logits(d_fake, torch.ones_like(d_fake))
 
 
-def image_reconstruction_loss(x_tilde, x):
-    """Eq. 6, first term without its weight: E|x_tilde - x|, the mean over pixels. x_tilde, x: [N, 3, S, S]."""
-    return F.l1_loss(x_tilde, x)
+def aegan_losses(nets, x, z, weights):
+    """AEGAN, one forward pass: images x [N, 3, S, S] in [-1, 1] and latents z ~ N(0, I) [M, Z] -> {name: scalar}.
 
-
-def latent_reconstruction_loss(z_tilde, z):
-    """Eq. 6, second term without its weight: E(z_tilde - z)^2, the mean over dimensions. z_tilde, z: [N, Z]."""
-    return F.mse_loss(z_tilde, z)
-
-
-def total_loss(terms, weights):
-    """Eq. 7 for G and E: the sum of weights[name] * terms[name], over the terms that the model has."""
-    return sum(weights[name] * term for name, term in terms.items())
-
-
-def adversarial_losses(D, real, fakes):
-    """One pass of D over real and fake inputs {name: tensor}: D's loss, and G and E's losses {name: scalar}."""
-    d_real, *d_fakes = D(torch.cat([real, *fakes.values()])).chunk(1 + len(fakes))
-    loss = sum(discriminator_loss(d_real, d_fake) for d_fake in d_fakes)
-    return loss, {name: generator_loss(d_fake) for name, d_fake in zip(fakes, d_fakes)}
-
-
-def all_losses(nets, x, z, weights):
-    """The losses of one forward pass: images x [N, 3, S, S] in [-1, 1] and latents z [N, Z] -> {name: scalar}.
-
-    `D_x`, `D_z` and `G_E` are for the networks of that name to minimise; the other names are the terms of `G_E`, whose
-    weights are {name: number}: the paper's are 1 for x_hat, x_tilde, z_hat, z_tilde, 10 for r_x and 5 for r_z.
+    L_D_x, L_D_z and L_G_E are for the networks of that name to minimise, the others are the terms of L_G_E. weights of
+    these: {"alpha": 1, "lambda_rx": 10, "lambda_rz": 5} in the author's code.
     """
-    G, E = nets["G"], nets["E"] if "E" in nets else None
-    losses, terms, x_fakes, z_fakes = {}, {}, {}, {}
-    if "D_x" in nets:
-        x_fakes["x_hat"] = G(z)
-    if E:
-        z_fakes["z_hat"] = E(x)
-        x_fakes["x_tilde"] = G(z_fakes["z_hat"])
-        terms["r_x"] = image_reconstruction_loss(x_fakes["x_tilde"], x)
-    if E and "D_x" in nets:
-        z_fakes["z_tilde"] = E(x_fakes["x_hat"])
-        terms["r_z"] = latent_reconstruction_loss(z_fakes["z_tilde"], z)
-    for name, real, fakes in (("D_x", x, x_fakes), ("D_z", z, z_fakes)):  # Eq. 2 and 3, Eq. 4 and 5
-        if name in nets:
-            losses[name], adversarial = adversarial_losses(nets[name], real, fakes)
-            terms |= adversarial
-    return {**losses, "G_E": total_loss(terms, weights), **terms}
+    G, E, D_x, D_z = nets["G"], nets["E"], nets["D_x"], nets["D_z"]
+    x_hat, z_hat = G(z), E(x)
+    x_tilde, z_tilde = G(z_hat), E(x_hat)
+    # All that a discriminator judges goes through it at once, which is faster.
+    d_x, d_x_hat, d_x_tilde = D_x(torch.cat([x, x_hat, x_tilde])).split([len(x), len(z), len(x)])
+    d_z, d_z_hat, d_z_tilde = D_z(torch.cat([z, z_hat, z_tilde])).split([len(z), len(x), len(z)])
+    L_D_x = discriminator_loss(d_x, d_x_hat) + discriminator_loss(d_x, d_x_tilde)  # Eq. 2, Eq. 3
+    L_D_z = discriminator_loss(d_z, d_z_hat) + discriminator_loss(d_z, d_z_tilde)  # Eq. 4, Eq. 5
+    GAN_x_hat, GAN_x_tilde = generator_loss(d_x_hat), generator_loss(d_x_tilde)  # Eq. 2, Eq. 3
+    GAN_z_hat, GAN_z_tilde = generator_loss(d_z_hat), generator_loss(d_z_tilde)  # Eq. 4, Eq. 5
+    L_GAN = GAN_x_hat + GAN_x_tilde + GAN_z_hat + GAN_z_tilde
+    r_x, r_z = F.l1_loss(x_tilde, x), F.mse_loss(z_tilde, z)  # means of |x_tilde - x| and (z_tilde - z)^2
+    L_r = weights["lambda_rx"] * r_x + weights["lambda_rz"] * r_z  # Eq. 6
+    losses = {"L_D_x": L_D_x, "L_D_z": L_D_z, "L_G_E": weights["alpha"] * L_GAN + L_r}  # Eq. 7
+    losses |= {"GAN_x_hat": GAN_x_hat, "GAN_x_tilde": GAN_x_tilde, "GAN_z_hat": GAN_z_hat, "GAN_z_tilde": GAN_z_tilde}
+    return losses | {"r_x": r_x, "r_z": r_z}
+
+
+def gan_losses(nets, x, z, weights):
+    """The GAN of Section 4, G and D_x: Eq. 1, which is Eq. 2 of Eq. 7. Otherwise as aegan_losses."""
+    d_x, d_x_hat = nets["D_x"](torch.cat([x, nets["G"](z)])).split([len(x), len(z)])
+    L_D_x, GAN_x_hat = discriminator_loss(d_x, d_x_hat), generator_loss(d_x_hat)  # Eq. 2
+    return {"L_D_x": L_D_x, "L_G_E": weights["alpha"] * GAN_x_hat, "GAN_x_hat": GAN_x_hat}
+
+
+def aae_losses(nets, x, z, weights):
+    """The AAE of Section 4, G, E and D_z: of Eq. 7, Eq. 4 and half of Eq. 6. Otherwise as aegan_losses."""
+    z_hat = nets["E"](x)
+    r_x = F.l1_loss(nets["G"](z_hat), x)  # Eq. 6
+    d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
+    L_D_z, GAN_z_hat = discriminator_loss(d_z, d_z_hat), generator_loss(d_z_hat)  # Eq. 4
+    L_G_E = weights["alpha"] * GAN_z_hat + weights["lambda_rx"] * r_x
+    return {"L_D_z": L_D_z, "L_G_E": L_G_E, "GAN_z_hat": GAN_z_hat, "r_x": r_x}
+
+
+LOSSES = {"aegan": aegan_losses, "gan": gan_losses, "aae": aae_losses}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def build_optimizers(nets, lr, lr_discriminator):
-    """One Adam for each loss that is minimised, by the loss's name: G and E share one, D_x and D_z have their own."""
-    optimizers = {}
-    for loss, names, rate in (("D_x", "D_x", lr_discriminator), ("D_z", "D_z", lr_discriminator), ("G_E", "G E", lr)):
-        parameters = [p for name in names.split() if name in nets for p in nets[name].parameters()]
-        if parameters:
-            optimizers[loss] = torch.optim.Adam(parameters, rate, BETAS, fused=True, capturable=True)
-    return optimizers
+def build_optimizer(nets, lr, lr_discriminator):
+    """One Adam for all networks, since they all take their step at the same time."""
+    rates = {"G": lr, "E": lr, "D_x": lr_discriminator, "D_z": lr_discriminator}
+    groups = [{"params": net.parameters(), "lr": rates[name]} for name, net in nets.items()]
+    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=True)
 
 
 def draw_batch(images, latent_dim, flip):
     """x: the images uint8 [N, 3, S, S] in [-1, 1], mirrored at random if flip; z ~ N(0, I): [N, Z]."""
     x = to_float(images)
-    if flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x) if flip else x
     return x, torch.randn(len(x), latent_dim, device=x.device)
 
 
-def train_step(nets, optimizers, x, z, weights):
-    """One update of every network, all at the same point. Returns the losses there, as tensors: see all_losses."""
-    losses = all_losses(nets, x, z, weights)
-    for name, optimizer in optimizers.items():
-        optimizer.zero_grad()
-        losses[name].backward(inputs=optimizer.param_groups[0]["params"], retain_graph=True)
-    for optimizer in optimizers.values():
-        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
-        norms = torch.stack(torch._foreach_norm(gradients))  # one call for all
-        torch._foreach_div_(gradients, (norms / CLIP_NORM).clamp(min=1).unbind())
-        optimizer.step()
+def train_step(nets, optimizer, model, weights, x, z):
+    """One update of every network, all at the same point. Returns the losses before it, detached: see aegan_losses."""
+    losses = LOSSES[model](nets, x, z, weights)
+    optimizer.zero_grad()
+    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
+    if "D_x" in nets:
+        losses["L_D_x"].backward(inputs=list(nets["D_x"].parameters()), retain_graph=True)  # maximises Eq. 2, 3
+    if "D_z" in nets:
+        losses["L_D_z"].backward(inputs=list(nets["D_z"].parameters()), retain_graph=True)  # maximises Eq. 4, 5
+    G_E = [p for name in ("G", "E") if name in nets for p in nets[name].parameters()]
+    losses["L_G_E"].backward(inputs=G_E)  # minimise Eq. 7
+    gradients = [p.grad for p in nets.parameters()]  # each is clipped to a norm of 1, all in one call
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_div_(gradients, (norms / CLIP_NORM).clamp(min=1).unbind())
+    optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(iterate, images, nets, optimizers):
-    """iterate(images) as a CUDA graph: a function that replays it and returns the same tensors, with new values.
+def record(step, batch):
+    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
+    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+    with torch.cuda.graph(graph):
+        losses = step(*batch)
 
-    images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
-    optimizers and random numbers are afterwards as they were before.
-    """
-
-    def state():
-        """The tensors that a step changes."""
-        moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
-        return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
-
-    images, random = images.clone(), torch.cuda.get_rng_state(images.device)
-    before = {tensor: tensor.detach().clone() for tensor in state()}
-    with torch.cuda.device(images.device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their algorithms, Adam makes its moments
-                iterate(images)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            losses = iterate(images)
-    with torch.no_grad():
-        for tensor in state():
-            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-    torch.cuda.set_rng_state(random, images.device)
-
-    def replay(new_images):
-        """A step on other images."""
-        images.copy_(new_images)
+    def replay(*new_batch):
+        """A step on tensors of the same shapes."""
+        torch._foreach_copy_(batch, new_batch)
         graph.replay()
         return losses
 
     return replay
 
 
-def use_precision(nets, precision):
-    """Let CUDA compute products in float32 alone (fp32), or in TensorFloat-32 (tf32), here and in all of the process.
-
-    bf16: the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    for net in nets.values() if precision == "bf16" else ():
-        net.forward = partial(forward_in_bfloat16, net.forward)
-
-
-def forward_in_bfloat16(forward, *inputs):
-    """A network's forward under autocast. Inputs and output: tensors, float32."""
-    with torch.autocast(inputs[0].device.type, torch.bfloat16):
-        return forward(*inputs).float()
-
-
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def save_samples(path, nets, z):
-    """Figure 3: G(z), ten a row. z: [N, Z]."""
-    save_grid(path, nets["G"](z))
-
-
-def save_reconstructions(path, nets, x):
-    """Figure 4: pairs (x, G(E(x))), five a row. x: images [N, 3, S, S] in [-1, 1]."""
-    save_grid(path, x, nets["G"](nets["E"](x)), columns=5)
-
-
-def save_interpolations(path, nets, x, columns=8):
-    """Figure 1: five rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2.
-
-    x: images [9, 3, S, S] in [-1, 1]: four pairs, and the one that is paired with its mirror image.
-    """
-    x_1, x_2 = x[0::2], torch.cat([x[1::2], x[8:].flip(-1)])
+def save_interpolations(path, nets, x_1, x_2, columns=8):
+    """Figure 1: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (columns - 1))) for i in range(columns)]
     save_grid(path, torch.stack([x_1, *between, x_2], dim=1).flatten(0, 1), columns=columns + 2)
 
 
 @torch.no_grad()
-def save_figures(nets, data, z, out, step=None):
-    """Into the folder out: Figures 1, 3 and 4; with a step only samples_<step>.png and reconstructions_<step>.png.
+def save_figures(nets, data, z, out, step, last=True):
+    """samples_<step>.png, Figure 3, reconstructions_<step>.png, Figure 4, and if last figure1_interpolations.png.
 
-    The images are the first held-out ones, the same in every run. z: latents [N, Z], of which 100 are shown.
+    data: of which up to 40 held-out images are shown. z: latents [N, Z], of which 100 are. The same in every run.
     """
-    x = to_float(data.heldout[torch.arange(40) % len(data.heldout)].to(z.device))
     nets.eval()
-    save_samples(out / ("figure3_samples.png" if step is None else f"samples_{step}.png"), nets, z[:100])
+    x = to_float(data.heldout[:40].to(z.device))
+    save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     if "E" in nets:
-        name = "figure4_reconstructions.png" if step is None else f"reconstructions_{step}.png"
-        save_reconstructions(out / name, nets, x)
-        if step is None:
-            save_interpolations(out / "figure1_interpolations.png", nets, x[:9])
+        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x)), columns=5)
+        if last:  # four pairs, and an image with its mirror image
+            x_1, x_2 = torch.cat([x[0:8:2], x[8:9]]), torch.cat([x[1:8:2], x[8:9].flip(-1)])
+            save_interpolations(out / "figure1_interpolations.png", nets, x_1[: len(x_2)], x_2)
     nets.train()
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images (Section 4.1): about 1, or 0 in total collapse.
+    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse; ours (Section 4.1).
 
-    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1.
+    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1; None if the images are all the same.
     """
-    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
+    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
+    return a / b if b > 0 else None
 
 
 @torch.no_grad()
@@ -390,218 +333,150 @@ def measure(nets, data, z):
     """The figures of merit, on held-out images and latents z [N, Z]; None where the model has no encoder."""
     nets.eval()
     G, E = nets["G"], nets["E"] if "E" in nets else None
-    x_hat = G(z)
     mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
     l1 = l1_of_mean_image = 0.0
-    for part in data.heldout.split(250):
-        x, share = to_float(part.to(z.device)), len(part) / len(data.heldout)
-        l1 += share * F.l1_loss(G(E(x)), x).item() if E else 0
-        l1_of_mean_image += share * F.l1_loss(mean_image.expand_as(x), x).item()
-    results = {
-        "heldout_l1": l1 if E else None,
-        "heldout_l1_of_mean_image": l1_of_mean_image,
+    for x in map(to_float, data.heldout.to(z.device).split(250)):
+        l1 += F.l1_loss(G(E(x)), x, reduction="sum").item() if E else 0
+        l1_of_mean_image += F.l1_loss(mean_image.expand_as(x), x, reduction="sum").item()
+    x_hat = G(z)
+    return {
+        "heldout_l1": l1 / data.heldout.numel() if E else None,
+        "heldout_l1_of_mean_image": l1_of_mean_image / data.heldout.numel(),
         "latent_mse": F.mse_loss(E(x_hat), z).item() if E else None,
         "sample_diversity": sample_diversity(x_hat, to_float(data.heldout[: len(z)].to(z.device))),
     }
-    nets.train()
-    return results
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
 def fail(message):
-    """End the program with one line on the standard error and exit status 2."""
-    print(f"aegan.py: error: {message}", file=sys.stderr)
+    """End the program with one line, the message's first, on the standard error and exit status 2."""
+    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
     sys.exit(2)
 
 
 def parse_args(argv):
-    """The arguments, and the checkpoint of --out if they ask for it, else None."""
+    """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = argparse.ArgumentParser(
-        description="Autoencoding generative adversarial networks (Lazarou 2020). Defaults are the paper's (Section 4) "
-        "and, where it names none, those of the author's published code.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.error = fail
-    add = parser.add_argument
+    parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="aegan", help="the paper's model, or a baseline (Section 4)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default="runs/aegan", help="folder for pictures, log.csv, results.json, checkpoint.pt")
-    add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
-    add("--eval", action="store_true", help="no training: figures and results of the run in --out")
+    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
     add("--batch-size", type=int, default=16, help="images a step (Section 4)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 4)")
     add("--latent-dim", type=int, default=32, help="dimensions Z of the latents (Section 4)")
-    add("--no-flip", action="store_true", help="do not add mirror images (Section 4)")
     add("--channels", type=int, default=64, help="width of the narrowest layers; others are 2 or 4 times as wide")
+    add("--no-flip", action="store_true", help="do not add mirror images (Section 4)")
     add("--lr", type=float, default=2e-4, help="learning rate of G and E")
     add("--lr-discriminator", type=float, default=5e-4, help="learning rate of D_x and D_z")
-    add("--lambda-ax", type=float, default=1.0, help="weight of Eq. 2 and 3 for G and E")
-    add("--lambda-az", type=float, default=1.0, help="weight of Eq. 4 and 5 for G and E")
+    add("--alpha", type=float, default=1.0, help="weight of L_GAN (Eq. 2 to 5) for G and E")
     add("--lambda-rx", type=float, default=10.0, help="weight of image reconstruction (Eq. 6)")
     add("--lambda-rz", type=float, default=5.0, help="weight of latent reconstruction (Eq. 6)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of products; on a CPU tf32 is fp32")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
     args, checkpoint = parser.parse_args(argv), None
     path = Path(args.out, "checkpoint.pt")
-    if args.resume or args.eval:
-        checkpoint = load_checkpoint(path)
-        parser.set_defaults(**checkpoint["config"])
+    if args.resume:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            parser.set_defaults(**checkpoint[NAME])
+        except Exception:  # torch.load raises many kinds on what is no checkpoint
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    check_args(args, checkpoint)
-    return args, checkpoint
-
-
-def check_args(args, checkpoint):
-    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
     for name, value in vars(args).items():
-        minimum = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
-        if minimum is not None and not minimum <= value < 2**63:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {minimum}")
-    free = {"data", "log_every", "save_every"}
-    free |= set() if args.eval else {"steps"}
-    for name, value in checkpoint["config"].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in free:
+        least = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
+        if least is not None and not least <= value <= 1e12:
+            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
+    for name, value in checkpoint[NAME].items() if checkpoint else ():
+        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every"):
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if checkpoint and not args.eval and args.steps < checkpoint["step"]:
+    if checkpoint and args.steps < checkpoint["step"]:
         fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if args.graph and torch.device(args.device).type != "cuda":
-        fail(f"--graph needs CUDA, not --device {args.device}")
-
-
-def load_checkpoint(path):
-    """The checkpoint that train() saved, on the CPU."""
-    if not path.is_file():
-        fail(f"{path} does not exist: give the --out of a run, or leave out --resume and --eval")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == "aegan":
-            return checkpoint
-    except Exception:  # torch.load raises many kinds on what is no checkpoint
-        pass
-    fail(f"{path} is not a checkpoint of aegan.py: give another --out")
-
-
-def train(args, nets, optimizers, data, z, run):
-    """The training loop, from run["step"] to args.steps. z: latents [N, Z] of the pictures."""
-    out, images = Path(args.out), place_images(data.train, z.device)
-    weights = {"x_hat": args.lambda_ax, "x_tilde": args.lambda_ax, "z_hat": args.lambda_az, "z_tilde": args.lambda_az}
-    weights |= {"r_x": args.lambda_rx, "r_z": args.lambda_rz}
-
-    def save():
-        """Write a temporary file and rename it, so that checkpoint.pt is always whole."""
-        state = {"networks": nets.state_dict(), "optimizers": {k: v.state_dict() for k, v in optimizers.items()}}
-        state["random"] = {"cpu": torch.get_rng_state()}
-        if z.is_cuda:
-            state["random"]["cuda"] = torch.cuda.get_rng_state(z.device)
-        torch.save({"script": "aegan", **run, **state}, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
-
-    def iterate(drawn):
-        """One step on uint8 images."""
-        return train_step(nets, optimizers, *draw_batch(drawn, args.latent_dim, not args.no_flip), weights)
-
-    if args.graph:
-        iterate = record(iterate, images[: args.batch_size].to(z.device), nets, optimizers)
-    if run["step"] == 0:
-        save()
-    log, stops = (out / "log.csv").open("a", buffering=1), []
-    run["log_size"] = min(run["log_size"], log.tell())
-    log.truncate(run["log_size"])  # without what a stopped run wrote after its last checkpoint
-    signal.signal(signal.SIGINT, lambda *_: stops.append(True))  # Ctrl-C ends the loop after the step under way
-    step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
-    while step < args.steps and not stop:
-        losses = iterate(draw_images(images, args.batch_size, z.device))
-        step, stop = step + 1, bool(stops)
-        save_due = step % args.save_every == 0 or step == args.steps or stop
-        if not (save_due or step % args.log_every == 0 or step == 10):
-            continue
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
-        seconds = time.perf_counter() - last_time
-        broken = [f"loss {name}" for name, value in values.items() if not math.isfinite(value)]
-        broken += [f"weight {name}" for name, weight in nets.named_parameters() if not weight.isfinite().all()]
-        if broken:
-            fail(f"{broken[0]} is not finite by step {step}; {out}/checkpoint.pt holds the last good step")
-        left = timedelta(seconds=round((args.steps - step) * seconds / (step - last_step)))
-        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"step {step}  {terms}  {(step - last_step) / seconds:.1f} steps/s  {left} left", flush=True)
-        if step == 10 and left > timedelta(hours=1) and args.device == "cpu":
-            print("This is long for a CPU: --quick takes three minutes", flush=True)
-        if run["log_size"] == 0:
-            print("step", *values, sep=",", file=log)
-        print(step, *values.values(), sep=",", file=log)
-        run |= {"step": step, "seconds": run["seconds"] + seconds, "log_size": log.tell()}
-        if save_due:
-            save_figures(nets, data, z, out, step)
-            save()
-        last_step, last_time = step, time.perf_counter()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if stop:
-        print(f"stopped after step {step}: continue with --resume")
-        sys.exit(130)
+    return args, checkpoint
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, device = Path(args.out), torch.device(args.device)
+    out = Path(args.out)
     try:
-        data = load_data(args.data, args.image_size)
-    except DataError as error:
-        fail(error)
-    if len(data.train) < args.batch_size:
-        fail(f"{args.data} has {len(data.train)} images to train on, fewer than --batch-size {args.batch_size}")
-    fingerprint = zlib.crc32(data.heldout.numpy(), zlib.crc32(data.train.numpy()))
-    if checkpoint and checkpoint["fingerprint"] != fingerprint:
-        fail(f"{args.data} does not hold the images that {out} was made with: give the same --data, or another --out")
+        option = f"--device {args.device}"
+        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        if args.graph:
+            option += " with --graph"
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
+        option = f"--data {args.data}"
+        data = load_data(args.data, args.image_size, args.batch_size)
+        option = f"--out {out}"
+        out.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # of many kinds
+        fail(f"{option} cannot be used: {error}")
 
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.model, args.image_size, args.channels, args.latent_dim).to(device)
-    use_precision(nets, args.precision)
-    optimizers = build_optimizers(nets, args.lr, args.lr_discriminator)
-    z = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0))  # the same in every run
-    z = z.to(device)
-    config = {
-        name: value for name, value in vars(args).items() if name not in ("out", "resume", "eval", "device", "graph")
-    }
-    run = {"step": 0, "seconds": 0.0, "log_size": 0, "fingerprint": fingerprint, "config": config}
+    optimizer = build_optimizer(nets, args.lr, args.lr_discriminator)
+    z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    begin, seconds, log = 0, 0.0, ""
     if checkpoint:
-        run |= {name: checkpoint[name] for name in ("step", "seconds", "log_size")}
+        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
         nets.load_state_dict(checkpoint["networks"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if z.is_cuda and "cuda" in checkpoint["random"]:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out} cannot be made: {error.strerror}")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random"][0])
+        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
     print(f"{args.model} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
-    if not args.eval:
-        train(args, nets, optimizers, data, z, run)
 
-    save_figures(nets, data, z, out)
-    results = measure(nets, data, z)
-    results |= {"steps": run["step"], "steps_per_second": run["step"] / max(run["seconds"], 1e-9), "config": config}
+    images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
+    last_step, start = begin, time.perf_counter()
+    for step in range(begin + 1, args.steps + 1):
+        batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim, not args.no_flip)
+        if args.graph and step == begin + 4:
+            step_on = record(step_on, batch)
+        losses = step_on(*batch)
+        save_due = step % args.save_every == 0 or step == args.steps
+        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+            continue
+        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+        for name in (name for name, value in values.items() if not math.isfinite(value)):
+            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        passed = time.perf_counter() - start
+        rate, seconds = (step - last_step) / passed, seconds + passed
+        left = timedelta(seconds=round((args.steps - step) / rate))
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
+        if step == 1 and left > timedelta(hours=1):
+            print("This is long for a CPU: --quick takes three minutes", flush=True)
+        log = log or ",".join(("step", *values)) + "\n"
+        log += ",".join(map(str, (step, *values.values()))) + "\n"
+        (out / "log.csv").write_text(log)
+        if save_due:
+            save_figures(nets, data, z_shown, out, step, last=False)
+            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
+            state["random"] += torch.cuda.get_rng_state_all()
+            torch.save(state, out / "checkpoint.tmp")
+            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
+        last_step, start = step, time.perf_counter()
+
+    save_figures(nets, data, z_shown, out, args.steps)
+    results = measure(nets, data, z_shown)
+    results |= {"steps": args.steps, "steps_per_second": args.steps / max(seconds, 1e-9), "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         if isinstance(value, float):
@@ -612,5 +487,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)

@@ -39,11 +39,12 @@ class Data(NamedTuple):
     paths: tuple[Path, ...] = ()  # of the M and the H images, where they come from a folder
 
 
-def load_data(name, size, seed=0, root="data"):
+def load_data(name, size, batch_size=1, seed=0, root="data"):
     """Read a whole data set into memory: a folder of images, or `faces`, `cifar10`, `mnist`.
 
-    size: side S of the square images in pixels. seed: of the shuffle (of the drawing for `faces`). root: where
-    torchvision's data sets are downloaded to. Returns Data, (M + H) * 3 * S * S bytes. Raises DataError.
+    size: side S of the square images in pixels. batch_size: how many to train on there must be. seed: of the shuffle
+    (of the drawing for `faces`). root: where torchvision's data sets are downloaded to. Returns Data, (M + H) * 3 * S *
+    S bytes. Raises DataError.
     """
     paths = ()
     torchvision_sets = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}
@@ -56,6 +57,8 @@ def load_data(name, size, seed=0, root="data"):
     if len(images) < 20:  # two held out
         raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least 20")
     split = len(images) - len(images) // 10
+    if split < batch_size:
+        raise DataError(f"{name} has {split} images to train on, fewer than --batch-size {batch_size}")
     return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:], tuple(paths))
 
 

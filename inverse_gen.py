@@ -1,8 +1,6 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
-# ///
 """Learning inverse mapping by autoencoder based generative adversarial nets (Luo, Xu, Tang, Lv, 2017).
+
+https://arxiv.org/abs/1703.10094
 
 First a DCGAN is trained, then its generator G is frozen and made the decoder of an autoencoder, whose encoder, the
 inverse generator IG, learns to invert it. Only generated images x = G(z) are used, and IG minimises the difference of
@@ -14,52 +12,52 @@ The codes IG(x) of real images say what they show: the nearest code finds a simi
     python inverse_gen.py --out runs/photos --query me.jpg   # which of its training images are most like this one
 
 paper -> code
+    Section 3    noise z, x = G(z), z' = IG(x), x' = G(z'); theta_g, theta_ig: parameters of G, IG
     Tables 3-5   G, D, IG                             Generator, Discriminator, InverseGenerator
     Table 6      D of the BiGAN                       PairDiscriminator
-    Eq. 1        the BiGAN, a baseline                discriminator_loss, bigan_loss, bigan_losses; --method bigan
+    Eq. 1        the BiGAN, a baseline                bigan_losses; --method bigan
     Eq. 2        gradient search for z, a baseline    search_codes; --method search
-    Eq. 3        direct training, a baseline          direct_loss; --method direct
-    Eq. 4        the DCGAN                            discriminator_loss, generator_loss, gan_losses
-    Eq. 5, 7     cross-entropy of x and G(IG(x))      cross_entropy
-    Eq. 6, 8     Algorithm 1                          inverse_losses, train_step
-    Figure 2     reconstructed samples                save_pairs
-    Table 1      their similarity by dHash            dhash, hash_similarity; measure: dhash_similarity
-    Figure 3     search with changed images           change_images, save_found; measure: search_top1
+    Eq. 3        direct training, a baseline          direct_losses; --method direct
+    Eq. 4        the DCGAN                            gan_losses; discriminator_loss, generator_loss
+    Eq. 5, 7     cross-entropy V(x)                   cross_entropy
+    Algorithm 1  steps 1-4, Eq. 6 to 8                aegan_losses, train_step
+    Figure 2     reconstructed samples                save_figures
+    Table 1      their similarity by dHash            dhash, hash_similarity; measure_inversion: dhash_similarity
+    Figure 3     search with changed images           change_images, save_found; measure_search: search_top1
     Table 2      label similarity of what is found    label_agreement
     Figure 4     search with other images             save_found
     Section 4.2  dHash, pHash, colour histogram       dhash, phash, colour_histogram; describe, distances
-    Figure 5     blurred images restored              save_deblurred; measure: deblur_l1_after
+    Figure 5     blurred images restored              save_deblurred; measure_inversion: deblur_l1_after
 
 Rulings, where the paper is silent or contradicts itself
     - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
       Algorithm 1 means Eq. 5. 16x16 and 32x32 images leave out the widest layers.
-    - G minimises -log D(G(z)), as in DCGAN; G and IG of the BiGAN have labels swapped, as BiGAN's authors do.
-    - D(x) and D(G(z)) are normalised each by its own batch, as in DCGAN; the two kinds of pairs of the BiGAN by one, or
-      samples collapse. In figures and results, and in G once it is frozen, batch norm uses its running averages, so
-      that G is one fixed function.
+    - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
     - Weights start from N(0, 0.02), and leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment decays with
       0.999. Both stages take 50,000 steps. The BiGAN, which has one stage, takes all of them for it.
     - Eq. 3 and 5 are means over dimensions or pixels, which Adam does not mind. Eq. 2 starts from z = 0, keeps z in
       [-1, 1], and has its alpha, for the mean over pixels, and its number of steps as arguments.
-    - Images are in [0, 1] here, since G ends in a sigmoid; differences are given for [-1, 1], as in the other scripts.
     - dHash: 9x8 grey pixels, 64 bits. pHash: the lowest 8x8 frequencies of 32x32 grey pixels, above their median or
       not. Colour histogram: 8x8x8 bins, compared by intersection.
-    - The gallery is the first 20,000 training images. Figure 3's changes are a turn of the hue by a tenth with half of
-      the saturation, sunglasses at the eyes of a centred face, and, ours, Gaussian blur of 1/16 of the side and the
-      middle 0.9 of it in whole pixels. They are scored on up to 256 images: how often the original comes first; where
-      several are nearest, its share of them. Table 2 takes up to 256 held-out images, not 64.
+    - The gallery is the first 20,000 images to train on. Figure 3's changes are a turn of the hue by a tenth with half
+      the saturation, sunglasses at the eyes of a centred face, and, ours, Gaussian blur of 1/16 of the side, as in
+      Figure 5, and the middle 0.9 of it. Scored on up to 256 images: how often the original comes first; where several
+      are nearest, its share. Figure 3 shows 16 queries, Figure 4 64, each with one result a method.
+Departures
+    - G minimises -log D(G(z)), as DCGAN does; G and IG of the BiGAN have labels swapped, as in BiGAN's code.
+    - D and G step at once (in DCGAN D first); D(x) and D(G(z)) are normalised each by its own batch, as there. The two
+      kinds of pairs of the BiGAN are normalised by one, or samples collapse.
+    - Eq. 3 has no labels here, Eq. 8 is Adam's step, and Table 2 takes up to 256 held-out images, not 64.
+    - Default data are drawn faces. A tenth is held out; nine tenths train. Differences are given for [-1, 1].
 """
 
 import argparse
 import json
 import math
-import os
-import signal
 import sys
 import time
-import zlib
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,8 +65,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
-from common import DataError, draw_images, load_data, place_images, read_image, save_grid
+from common import draw_images, load_data, place_images, read_image, save_grid
 
+NAME = "inverse_gen"
 METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
 COLUMNS = ("L_D", "L_G", "L_IG")  # of log.csv
 IMAGE_SIZES = (16, 32, 64)
@@ -76,6 +75,7 @@ LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
 BLUR = 1 / 16  # standard deviation of Figures 3 and 5, in sides of the image
+FREE = ("search_steps", "search_rate", "gallery")  # what a resumed run may change, beside steps and intervals
 QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 1500, "gallery": 2000}
 QUICK |= {"save_every": 1000}
 
@@ -85,6 +85,8 @@ QUICK |= {"save_every": 1000}
 
 def conv_widths(image_size, channels):
     """Channels from the image to 4x4, in D and IG, and backwards in G: f, 2f, 4f, 8f where S = 64."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size {image_size}: must be one of {IMAGE_SIZES}")
     return [channels * 2**i for i in range(image_size.bit_length() - 3)]
 
 
@@ -98,7 +100,7 @@ def conv_stack(c_in, widths, activation):
 
 
 class Generator(nn.Sequential):
-    """G, Table 3: latents z [N, Z] -> logits [N, 3, S, S] of images in [0, 1]; see generate."""
+    """G, Table 3: latents z [N, Z] in [-1, 1] -> logits [N, 3, S, S] of images in [0, 1]; see generate."""
 
     def __init__(self, image_size, channels, latent_dim):
         widths = conv_widths(image_size, channels)[::-1]
@@ -141,7 +143,10 @@ class PairDiscriminator(nn.Module):
 
 
 def build_networks(method, image_size, channels, latent_dim):
-    """The networks by the paper's names; no IG where method is search."""
+    """The networks by the paper's names, in training mode; no IG where method is search. ValueError for a method or an
+    image_size that there is not."""
+    if method not in METHODS:
+        raise ValueError(f"method {method}: must be one of {METHODS}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     if method == "bigan":
         nets["D"] = PairDiscriminator(image_size, channels, latent_dim)
@@ -178,57 +183,52 @@ def generator_loss(d_fake):
     return F.softplus(-d_fake).mean()
 
 
-def bigan_loss(d_real, d_fake):
-    """Eq. 1 as G and IG minimise it: -E[log(1 - D(x, IG(x)))] - E[log D(G(z), z)]. D's logits [N, 1]."""
-    return F.softplus(d_real).mean() + F.softplus(-d_fake).mean()
-
-
 def cross_entropy(logits, x):
-    """Eq. 5 and 7: -x log x' - (1 - x) log(1 - x'), the mean over pixels; x' is the sigmoid of G's logits.
+    """Eq. 5 and 7, V(x): -x log x' - (1 - x) log(1 - x'), the mean over pixels; x' is the sigmoid of G's logits.
 
     logits: G(IG(x)), x: images in [0, 1]; [N, 3, S, S]. Least where x' = x; 0 only where x is 0 or 1, too.
     """
     return F.binary_cross_entropy_with_logits(logits, x)
 
 
-def direct_loss(z_prime, z):
-    """Eq. 3 without labels: (z - IG(G(z)))^2, the mean over dimensions. Both [N, Z]."""
-    return F.mse_loss(z_prime, z)
-
-
 def gan_losses(nets, x, z):
-    """Eq. 4: images x [N, 3, S, S] in [0, 1] and latents z [N, Z] -> L_D for D, L_G for G to minimise."""
+    """The DCGAN, Eq. 4: images x [N, 3, S, S] in [0, 1], latents z [M, Z] in [-1, 1] -> L_D for D, L_G for G."""
     d_real, d_fake = nets["D"](x), nets["D"](generate(nets["G"], z))
     return {"L_D": discriminator_loss(d_real, d_fake), "L_G": generator_loss(d_fake)}
 
 
-def bigan_losses(nets, x, z):
-    """Eq. 1: images x [N, 3, S, S] in [0, 1] and latents z [N, Z] -> L_D for D, L_G for G and IG to minimise."""
-    images, latents = torch.cat([x, generate(nets["G"], z)]), torch.cat([nets["IG"](x), z])
-    d_real, d_fake = nets["D"](images, latents).chunk(2)
-    return {"L_D": discriminator_loss(d_real, d_fake), "L_G": bigan_loss(d_real, d_fake)}
+def aegan_losses(nets, _, z):
+    """AEGAN, Algorithm 1: latents z [N, Z] in [-1, 1] -> {"L_IG": scalar} for IG to minimise. Real images are not used."""
+    with torch.no_grad():
+        x = generate(nets["G"], z)  # step 1
+    z_prime = nets["IG"](x)  # step 2, Eq. 6: z'
+    logits = nets["G"](z_prime)  # whose sigmoid is x'
+    return {"L_IG": cross_entropy(logits, x)}  # step 3, Eq. 7
 
 
-def inverse_losses(nets, z, stage):
-    """Eq. 6 and 7, or in the stage direct Eq. 3: latents z [N, Z] -> L_IG for IG to minimise."""
+def direct_losses(nets, _, z):
+    """Direct training, Eq. 3 without labels: the mean of (z - IG(G(z)))^2. Otherwise as aegan_losses."""
     with torch.no_grad():
         x = generate(nets["G"], z)
-    z_prime = nets["IG"](x)
-    return {"L_IG": direct_loss(z_prime, z) if stage == "direct" else cross_entropy(nets["G"](z_prime), x)}
+    return {"L_IG": F.mse_loss(nets["IG"](x), z)}
+
+
+def bigan_losses(nets, x, z):
+    """The BiGAN, Eq. 1: images x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG to minimise."""
+    images, latents = torch.cat([x, generate(nets["G"], z)]), torch.cat([nets["IG"](x), z])
+    d_q, d_p = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)) and (G(z), z): one batch norm
+    return {"L_D": discriminator_loss(d_q, d_p), "L_G": discriminator_loss(-d_q, -d_p)}  # labels swapped
+
+
+LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bigan": bigan_losses}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def build_optimizers(nets, method, lr):
-    """One Adam for each loss that is minimised, by the loss's name: in the BiGAN G and IG share one."""
-    players = {"L_D": ["D"], "L_G": ["G", "IG"]} if method == "bigan" else {"L_D": ["D"], "L_G": ["G"], "L_IG": ["IG"]}
-    optimizers = {}
-    for loss, names in players.items():
-        parameters = [p for name in names if name in nets for p in nets[name].parameters()]
-        if parameters:
-            optimizers[loss] = torch.optim.Adam(parameters, lr, BETAS, fused=True, capturable=True)
-    return optimizers
+def build_optimizer(nets, lr):
+    """One Adam for all networks; those that have no gradient in a step stay as they are."""
+    return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
 def draw_batch(images, latent_dim):
@@ -241,79 +241,41 @@ def to_unit(images):
     return images.float() / 255
 
 
-def train_step(nets, optimizers, stage, x, z):
-    """One update of the networks of the stage: D and G in gan, D, G and IG in bigan, IG alone in aegan and direct.
+def train_step(nets, optimizer, stage, x, z):
+    """One update of the networks of the stage, gan, aegan, direct or bigan (ValueError for another), at one point.
 
-    The latter two are Algorithm 1, with Eq. 8: G is frozen, in evaluation mode, nothing in it changes, and x is not
-    used. Returns the losses before the update, as tensors.
+    Sets their modes. Returns the losses before it, detached: see LOSSES.
     """
+    if stage not in LOSSES:
+        raise ValueError(f"stage {stage}: must be one of {list(LOSSES)}")
     nets.train()
-    nets["G"].train(stage in ("gan", "bigan"))
-    if stage == "gan":
-        losses = gan_losses(nets, x, z)
-    elif stage == "bigan":
-        losses = bigan_losses(nets, x, z)
+    nets["G"].train(stage in ("gan", "bigan"))  # else G is frozen: in evaluation mode, and without gradients
+    losses = LOSSES[stage](nets, x, z)
+    optimizer.zero_grad()
+    theta = {name: list(net.parameters()) for name, net in nets.items()}
+    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
+    if stage in ("gan", "bigan"):
+        losses["L_D"].backward(inputs=theta["D"], retain_graph=True)
+        losses["L_G"].backward(inputs=theta["G"] + (theta["IG"] if stage == "bigan" else []))
     else:
-        losses = inverse_losses(nets, z, stage)
-    for name, loss in losses.items():
-        optimizers[name].zero_grad()
-        loss.backward(inputs=optimizers[name].param_groups[0]["params"], retain_graph=True)
-    for name in losses:
-        optimizers[name].step()
+        losses["L_IG"].backward(inputs=theta["IG"])  # Algorithm 1, step 4: update IG alone
+    optimizer.step()  # Eq. 8, by Adam
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(iterate, images, nets, optimizers):
-    """iterate(images) as a CUDA graph: a function that replays it and returns the same tensors, with new values.
+def record(step, batch):
+    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
+    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+    with torch.cuda.graph(graph):
+        losses = step(*batch)
 
-    images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
-    optimizers and random numbers are afterwards as they were before.
-    """
-
-    def state():
-        """The tensors that a step changes."""
-        moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
-        return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
-
-    images, random = images.clone(), torch.cuda.get_rng_state(images.device)
-    before = {tensor: tensor.detach().clone() for tensor in state()}
-    with torch.cuda.device(images.device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their algorithms, Adam makes its moments
-                iterate(images)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            losses = iterate(images)
-    with torch.no_grad():
-        for tensor in state():
-            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-    torch.cuda.set_rng_state(random, images.device)
-
-    def replay(new_images):
-        """A step on other images."""
-        images.copy_(new_images)
+    def replay(*new_batch):
+        """A step on tensors of the same shapes."""
+        torch._foreach_copy_(batch, new_batch)
         graph.replay()
         return losses
 
     return replay
-
-
-def use_precision(nets, precision):
-    """Let CUDA compute products in float32 alone (fp32), or in TensorFloat-32 (tf32), here and in all of the process.
-
-    bf16: the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    for net in nets.values() if precision == "bf16" else ():
-        net.forward = partial(forward_in_bfloat16, net.forward)
-
-
-def forward_in_bfloat16(forward, *inputs):
-    """A network's forward under autocast. Inputs and output: tensors, float32."""
-    with torch.autocast(inputs[0].device.type, torch.bfloat16):
-        return forward(*inputs).float()
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -398,7 +360,7 @@ def nearest(distance):
 
 def label_agreement(distance, query_labels, gallery_labels):
     """Table 2: the share of the labels bool [Q, A] that the nearest gallery image, of labels bool [M, A], has, too."""
-    share = nearest(distance) @ gallery_labels.float()
+    share = nearest(distance).double() @ gallery_labels.double()
     return torch.where(query_labels, share, 1 - share).mean().item()
 
 
@@ -435,16 +397,6 @@ def save_images(path, *batches, **options):
     save_grid(path, *(2 * images - 1 for images in batches), **options)
 
 
-def save_samples(path, nets, z):
-    """G(z), ten a row. z: [N, Z]."""
-    save_images(path, generate(nets["G"], z))
-
-
-def save_pairs(path, nets, invert, x):
-    """Pairs (x, G(IG(x))), five a row; of x = G(z), Figure 2. x: images [N, 3, S, S] in [0, 1]."""
-    save_images(path, x, generate(nets["G"], invert(x)), columns=5)
-
-
 def save_deblurred(path, nets, invert, x):
     """Figure 5: x, x blurred, G of the code of that, three times a row. x: images G(z), [N, 3, S, S] in [0, 1]."""
     blurred = blur(x)
@@ -464,75 +416,73 @@ def save_found(path, invert, queries, gallery, described, per_row):
 
 
 @torch.no_grad()
-def save_figures(nets, invert, data, z, out, step=None, described=None):
-    """Into the folder out: samples, reconstructions and Figures 2 to 5; with a step only samples_<step>.png and, where
-    invert is not None, reconstructions_<step>.png.
+def save_figures(nets, invert, data, z, out, step, described=None):
+    """samples_<step>.png, with invert reconstructions_<step>.png, (x, G(IG(x))), and with described Figures 2 to 5.
 
-    The images are the first held-out ones, the same in every run; in Figure 3 the first training images, a row each of
-    colour, sunglasses, blur, crop. z: latents [N, Z], of which 100 are shown. described: describe() of the gallery.
+    data: the first held-out images are shown, in Figure 3 the first of the gallery, a row each of colour, sunglasses,
+    blur, crop. z: latents [N, Z], of which 100 are shown. described: describe() of the gallery.
     """
-    x = to_unit(data.heldout[torch.arange(64) % len(data.heldout)].to(z.device))
     nets.eval()
-    save_samples(out / ("figure_samples.png" if step is None else f"samples_{step}.png"), nets, z[:100])
+    x, x_generated = to_unit(data.heldout[:64].to(z.device)), generate(nets["G"], z[:100])
+    save_images(out / f"samples_{step}.png", x_generated)
     if invert:
-        name = "figure_reconstructions.png" if step is None else f"reconstructions_{step}.png"
-        save_pairs(out / name, nets, invert, x[:40])
-    if step is None:
-        x_hat, gallery = generate(nets["G"], z[:40]), data.train[: len(described["codes"])]
+        save_images(out / f"reconstructions_{step}.png", x[:40], generate(nets["G"], invert(x[:40])), columns=5)
+    if described:
+        x_prime = generate(nets["G"], invert(x_generated[:40]))
+        save_images(out / "figure2_pairs.png", x_generated[:40], x_prime, columns=5)
+        gallery = data.train[: len(described["codes"])]
         few = to_unit(gallery[:4].to(z.device))
-        save_pairs(out / "figure2_pairs.png", nets, invert, x_hat)
         changed = torch.cat(list(change_images(few).values()))
         save_found(out / "figure3_changed.png", invert, changed, gallery, described, len(few))
         save_found(out / "figure4_found.png", invert, x, gallery, described, 4)
-        save_deblurred(out / "figure5_deblurred.png", nets, invert, x_hat[:24])
+        save_deblurred(out / "figure5_deblurred.png", nets, invert, x_generated[:24])
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse.
+    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse; ours.
 
-    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1.
+    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1; None if the images are all the same.
     """
-    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
+    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
+    return a / b if b > 0 else None
 
 
 @torch.no_grad()
-def measure(nets, invert, data, z, described):
-    """The figures of merit: of images generated from z [N, Z], of held-out images, and of searches in the gallery.
-
-    described: describe() of the gallery, the first training images. Differences are of images in [-1, 1].
-    """
-    nets.eval()
-    G, device = nets["G"], z.device
-    x_hat = generate(G, z)
-    blurred = blur(x_hat)
-    blurred.sum().item()  # waits for the device
+def measure_inversion(nets, invert, data, z):
+    """Table 1 and Figure 5, of x generated from z [N, Z], and held-out images. Differences are of images in [-1, 1]."""
+    G, x = nets["G"], generate(nets["G"], z)
+    z_prime = torch.cat([invert(part) for part in x.split(250)])
+    results = {"dhash_similarity": hash_similarity(dhash(x), dhash(generate(G, z_prime)))}
+    x.sum().item()  # waits for the device, which is warm now
     start = time.perf_counter()
-    z_prime = torch.cat([invert(part) for part in x_hat.split(250)]).cpu()  # and here
-    results = {"inversions_per_second": len(x_hat) / (time.perf_counter() - start)}
-    results["dhash_similarity"] = hash_similarity(dhash(x_hat), dhash(generate(G, z_prime.to(device))))
+    torch.cat([invert(part) for part in x.split(250)]).sum().item()
+    results["inversions_per_second"] = len(x) / (time.perf_counter() - start)
+    blurred = blur(x)
     restored = torch.cat([generate(G, invert(part)) for part in blurred.split(250)])
-    results["deblur_l1_before"] = 2 * F.l1_loss(blurred, x_hat).item()
-    results["deblur_l1_after"] = 2 * F.l1_loss(restored, x_hat).item()
+    results["deblur_l1_before"] = 2 * F.l1_loss(blurred, x).item()
+    results["deblur_l1_after"] = 2 * F.l1_loss(restored, x).item()
+    results["sample_diversity"] = sample_diversity(x, to_unit(data.heldout[: len(z)].to(z.device)))
+    mean_image = to_unit(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
+    results |= {"heldout_l1": 0.0, "heldout_l1_of_mean_image": 0.0}
+    for x in map(to_unit, data.heldout.to(z.device).split(250)):
+        share = 2 * len(x) / len(data.heldout)
+        results["heldout_l1"] += share * F.l1_loss(generate(G, invert(x)), x).item()
+        results["heldout_l1_of_mean_image"] += share * F.l1_loss(mean_image.expand_as(x), x).item()
+    return results
 
-    mean_image = to_unit(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(device)
-    results |= dict.fromkeys(("heldout_l1", "heldout_l1_of_mean_image"), 0.0)
-    for part in data.heldout.split(250):
-        x, share = to_unit(part.to(device)), len(part) / len(data.heldout)
-        results["heldout_l1"] += share * 2 * F.l1_loss(generate(G, invert(x)), x).item()
-        results["heldout_l1_of_mean_image"] += share * 2 * F.l1_loss(mean_image.expand_as(x), x).item()
-    x = to_unit(data.heldout[: len(z)].to(device))
-    results["sample_diversity"] = sample_diversity(x_hat, x)
 
-    results["label_agreement"] = None
+@torch.no_grad()
+def measure_search(invert, data, described, count, device):
+    """Table 2 and Figure 3, of up to count images. described: describe() of the gallery, the first to train on."""
+    gallery, results = len(described["codes"]), {"label_agreement": None, "search_top1": {}}
     if data.attributes:
+        x = to_unit(data.heldout[:count].to(device))
         found = distances(describe(x.split(250), invert), described)
-        labels = data.heldout_labels[: len(x)].to(device), data.train_labels[: len(described["codes"])].to(device)
+        found["any_image"] = torch.zeros_like(found["codes"])
+        labels = data.heldout_labels[:count].to(device), data.train_labels[:gallery].to(device)
         results["label_agreement"] = {name: label_agreement(d, *labels) for name, d in found.items()}
-        results["label_agreement"]["any_image"] = label_agreement(torch.zeros_like(found["codes"]), *labels)
-    originals = to_unit(data.train[: min(len(z), len(described["codes"]))].to(device))
-    results["search_top1"] = {}
-    for change, changed in change_images(originals).items():
-        found = distances(describe(changed.split(250), invert), described)
+    for change, x in change_images(to_unit(data.train[: min(count, gallery)].to(device))).items():
+        found = distances(describe(x.split(250), invert), described)
         results["search_top1"][change] = {name: nearest(d).diagonal().mean().item() for name, d in found.items()}
     return results
 
@@ -556,263 +506,189 @@ def save_query(path, invert, x, data, count, device):
 
 
 def fail(message):
-    """End the program with one line on the standard error and exit status 2."""
-    print(f"inverse_gen.py: error: {message}", file=sys.stderr)
+    """End the program with one line, the message's first, on the standard error and exit status 2."""
+    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
     sys.exit(2)
 
 
+def load_checkpoint(path):
+    """The checkpoint of a run of this script, on the CPU."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint if checkpoint[NAME] else None
+    except Exception:  # torch.load raises many kinds on what is no checkpoint
+        fail(
+            f"{path} is not a checkpoint of {NAME}.py: give that of a run, or leave out --resume, --query, --generator"
+        )
+
+
 def parse_args(argv):
-    """The arguments, and the checkpoint of --out if they ask for it, else None."""
+    """The arguments and, with --resume or --query, the checkpoint of the run in --out, else None."""
     parser = argparse.ArgumentParser(
-        description="Learning inverse mapping by autoencoder based GANs (Luo et al. 2017). Defaults are the paper's "
-        "(Appendix) and, where it names none, ours (see the rulings at the head of the script).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.error = fail
-    add = parser.add_argument
+    parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--method", choices=METHODS, default="aegan", help="how G is inverted: the paper's way, or one of Section 2's")
     add("--generator", metavar="CHECKPOINT", help="take the trained G of another run's checkpoint.pt: no --gan-steps")
-    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default="runs/inverse_gen", help="folder for pictures, log.csv, results.json, checkpoint.pt")
-    add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
-    add("--eval", action="store_true", help="no training: figures and results of the run in --out")
     add("--query", metavar="IMAGE", help="no training: which images of the run in --out are most like this file")
-    add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN")
+    add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
+    add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
+    add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
+    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
+    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
+    add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=50_000, help="updates of IG, after those (bigan: of all; search: unused)")
     add("--batch-size", type=int, default=64, help="images a step (Appendix)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Table 4)")
     add("--latent-dim", type=int, default=100, help="dimensions Z of the latents (Table 3)")
     add("--channels", type=int, default=64, help="f, width of the layers next to the image (Tables 3 to 6)")
     add("--lr", type=float, default=2e-4, help="learning rate (Appendix)")
-    add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
-    add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
-    add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of products; on a CPU tf32 is fp32")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
     args, checkpoint, sizes = parser.parse_args(argv), None, {}
     path = Path(args.out, "checkpoint.pt")
-    if args.resume or args.eval or args.query is not None:
+    if args.resume or args.query:
         checkpoint = load_checkpoint(path)
-        parser.set_defaults(**checkpoint["config"])
+        parser.set_defaults(**checkpoint[NAME])
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     else:
         parser.set_defaults(**QUICK if args.quick else {})
         if args.generator:
-            config = load_checkpoint(Path(args.generator))["config"]
-            sizes = {name: config[name] for name in ("image_size", "channels", "latent_dim")}
-            parser.set_defaults(**sizes, gan_steps=0)
+            config = load_checkpoint(args.generator)[NAME]
+            sizes = {name: config[name] for name in ("image_size", "channels", "latent_dim")} | {"gan_steps": 0}
+        parser.set_defaults(**sizes)
     args = parser.parse_args(argv)
     for name, value in sizes.items():
         if getattr(args, name) != value:
-            fail(f"{args.generator} was made with {name} = {value}, not {getattr(args, name)}: leave that out")
-    check_args(args, checkpoint)
+            fail(f"--generator {args.generator} has {name} = {value}, not {getattr(args, name)}: leave that out")
+    for name, value in vars(args).items():
+        least = {int: 0 if name in ("seed", "gan_steps") else 1, float: 0}.get(type(value))
+        if least is not None and not least <= value <= 1e12:
+            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
+    if bool(args.generator) == bool(args.gan_steps) or args.generator and args.method == "bigan":
+        fail("--generator takes the place of --gan-steps, and --method bigan trains a G of its own")
+    for name, value in checkpoint[NAME].items() if checkpoint else ():
+        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every", *FREE):
+            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
+    if args.resume and total_steps(args) < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --gan-steps and --steps {args.steps}")
+    if args.query and args.method in ("aegan", "direct") and checkpoint["step"] <= args.gan_steps:
+        fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
     return args, checkpoint
 
 
-def check_args(args, checkpoint):
-    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
-    for name, value in vars(args).items():
-        minimum = {int: 0 if name in ("seed", "gan_steps") else 1, float: 0}.get(type(value))
-        if minimum is not None and not minimum <= value < 2**63:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {minimum}")
-    if args.generator and (args.method == "bigan" or args.gan_steps):
-        fail("--generator goes neither with --method bigan, which trains its own, nor with --gan-steps")
-    if not args.generator and not args.gan_steps:
-        fail("--gan-steps cannot be 0 without --generator")
-    free = {"data", "log_every", "save_every", "search_steps", "search_rate", "gallery"}
-    free |= set() if args.eval or args.query is not None else {"steps"}
-    for name, value in checkpoint["config"].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in free:
-            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if args.resume and total_steps(args) < checkpoint["step"]:
-        first = f" after --gan-steps {args.gan_steps}" if args.gan_steps else ""
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}{first}")
-    untrained = 0 if args.method == "bigan" else args.gan_steps
-    if args.query is not None and args.method != "search" and checkpoint["step"] <= untrained:
-        fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if args.graph and torch.device(args.device).type != "cuda":
-        fail(f"--graph needs CUDA, not --device {args.device}")
-
-
-def load_checkpoint(path):
-    """The checkpoint that train() saved, on the CPU."""
-    if not path.is_file():
-        fail(f"{path} is not there: give the --out of a run, or no --resume, --eval, --query; a file to --generator")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == "inverse_gen":
-            return checkpoint
-    except Exception:  # torch.load raises many kinds on what is no checkpoint
-        pass
-    fail(f"{path} is not a checkpoint of inverse_gen.py: give another")
-
-
-def stage_of(args, step):
-    """What the step after so many trains: see train_step."""
-    return "gan" if step < args.gan_steps and args.method != "bigan" else args.method
-
-
 def total_steps(args):
-    """The number of steps of a whole run, both stages."""
-    return args.gan_steps + (args.steps if args.method != "search" else 0)
-
-
-def train(args, nets, optimizers, invert, data, z, run):
-    """The training loop, from run["step"] to the last. invert, z: of the pictures, see save_figures."""
-    out, images, end = Path(args.out), place_images(data.train, z.device), total_steps(args)
-
-    def save():
-        """Write a temporary file and rename it, so that checkpoint.pt is always whole."""
-        state = {"networks": nets.state_dict(), "optimizers": {k: v.state_dict() for k, v in optimizers.items()}}
-        state["random"] = {"cpu": torch.get_rng_state()}
-        if z.is_cuda:
-            state["random"]["cuda"] = torch.cuda.get_rng_state(z.device)
-        torch.save({"script": "inverse_gen", **run, **state}, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
-
-    @lru_cache(1)  # one graph at a time
-    def step_of(stage):
-        """The function that is a step of the stage; with --graph it is recorded when the stage begins."""
-
-        def iterate(drawn):
-            """One step on uint8 images."""
-            return train_step(nets, optimizers, stage, *draw_batch(drawn, args.latent_dim))
-
-        return record(iterate, images[: args.batch_size].to(z.device), nets, optimizers) if args.graph else iterate
-
-    if run["step"] == 0:
-        save()
-    log, stops = (out / "log.csv").open("a", buffering=1), []
-    run["log_size"] = min(run["log_size"], log.tell())
-    log.truncate(run["log_size"])  # without what a stopped run wrote after its last checkpoint
-    signal.signal(signal.SIGINT, lambda *_: stops.append(True))  # Ctrl-C ends the loop after the step under way
-    step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
-    while step < end and not stop:
-        stage = stage_of(args, step)
-        losses = step_of(stage)(draw_images(images, args.batch_size, z.device))
-        step, stop = step + 1, bool(stops)
-        save_due = step % args.save_every == 0 or step in (args.gan_steps, end) or stop
-        if not (save_due or step % args.log_every == 0 or step == 10):
-            continue
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
-        seconds = time.perf_counter() - last_time
-        broken = [f"loss {name}" for name, value in values.items() if not math.isfinite(value)]
-        broken += [f"weight {name}" for name, weight in nets.named_parameters() if not weight.isfinite().all()]
-        if broken:
-            fail(f"{broken[0]} is not finite by step {step}; {out}/checkpoint.pt holds the last good step")
-        left = timedelta(seconds=round((end - step) * seconds / (step - last_step)))
-        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"step {step}  {terms}  {(step - last_step) / seconds:.1f} steps/s  {left} left", flush=True)
-        if step == 10 and left > timedelta(hours=1) and args.device == "cpu":
-            print("This is long for a CPU: --quick takes three minutes", flush=True)
-        if run["log_size"] == 0:
-            print("step", *COLUMNS, sep=",", file=log)
-        print(step, *(values.get(name, "") for name in COLUMNS), sep=",", file=log)
-        run |= {"step": step, "seconds": run["seconds"] + seconds, "log_size": log.tell()}
-        if save_due:
-            save_figures(nets, invert if stage != "gan" else None, data, z, out, step)
-            save()
-        last_step, last_time = step, time.perf_counter()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if stop:
-        print(f"stopped after step {step}: continue with --resume")
-        sys.exit(130)
-
-
-def print_results(results):
-    """A line for each number of measure's results, or for each row of numbers."""
-    rows = {name: value for name, value in results.items() if isinstance(value, float)}
-    rows |= {f"search_top1 {change}": row for change, row in results["search_top1"].items()}
-    if results["label_agreement"]:
-        rows["label_agreement"] = results["label_agreement"]
-    for name, value in rows.items():
-        row = value if isinstance(value, dict) else {"": value}
-        print(
-            f"{name:26}" + "  ".join(f"{key} {number:.3f}" if key else f"{number:10.3f}" for key, number in row.items())
-        )
+    """The steps of a whole run, those of the DCGAN and those of IG after them."""
+    return args.gan_steps + (0 if args.method == "search" else args.steps)
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, device = Path(args.out), torch.device(args.device)
-    if args.query is not None:
-        try:
-            query = read_image(args.query, args.image_size)
-        except Exception as error:  # Pillow raises many kinds
-            fail(f"--query {args.query} cannot be read: {error}")
+    out = Path(args.out)
     try:
-        data = load_data(args.data, args.image_size)
-    except DataError as error:
-        fail(error)
-    if len(data.train) < args.batch_size:
-        fail(f"{args.data} has {len(data.train)} images to train on, fewer than --batch-size {args.batch_size}")
-    fingerprint = zlib.crc32(data.heldout.numpy(), zlib.crc32(data.train.numpy()))
-    if checkpoint and checkpoint["fingerprint"] != fingerprint:
-        fail(f"{args.data} does not hold the images that {out} was made with: give the same --data, or another --out")
+        option = f"--device {args.device}"
+        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        if args.graph:
+            option += " with --graph"
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
+        option = f"--data {args.data}"
+        data = load_data(args.data, args.image_size, args.batch_size)
+        if args.query:
+            option = f"--query {args.query}"
+            query = read_image(args.query, args.image_size)
+        option = f"--out {out}"
+        out.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # of many kinds
+        fail(f"{option} cannot be used: {error}")
 
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.method, args.image_size, args.channels, args.latent_dim).to(device)
-    use_precision(nets, args.precision)
-    optimizers = build_optimizers(nets, args.method, args.lr)
-    z = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)) * 2 - 1  # the same in every run
-    z = z.to(device)
-    config = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("out", "resume", "eval", "query", "device", "graph")
-    }
-    run = {"step": 0, "seconds": 0.0, "log_size": 0, "fingerprint": fingerprint, "config": config}
-    if checkpoint:
-        run |= {name: checkpoint[name] for name in ("step", "seconds", "log_size")}
-        nets.load_state_dict(checkpoint["networks"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if z.is_cuda and "cuda" in checkpoint["random"]:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
-    elif args.generator:
-        weights = load_checkpoint(Path(args.generator))["networks"]
-        nets["G"].load_state_dict({k.removeprefix("G."): w for k, w in weights.items() if k.startswith("G.")})
+    optimizer = build_optimizer(nets, args.lr)
+    z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     invert = inverter(nets, args.search_steps, args.search_rate)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out} cannot be made: {error.strerror}")
+    config = {
+        name: value for name, value in vars(args).items() if name not in ("out", "resume", "query", "device", "graph")
+    }
+    begin, seconds, log = 0, 0.0, ""
+    if checkpoint:
+        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
+        nets.load_state_dict(checkpoint["networks"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random"][0])
+        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
+    elif args.generator:
+        weights = load_checkpoint(args.generator)["networks"]
+        nets["G"].load_state_dict({name[2:]: weight for name, weight in weights.items() if name.startswith("G.")})
     print(f"{args.method} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
-    if not args.eval and args.query is None:
-        train(args, nets, optimizers, invert, data, z, run)
+
+    images, end = place_images(data.train, device), begin if args.query else total_steps(args)
+    last_step, start = begin, time.perf_counter()
+    for step in range(begin + 1, end + 1):
+        if step in (begin + 1, args.gan_steps + 1):  # "First we train the GAN's generator G", then IG (Section 3.2)
+            stage = "gan" if step <= args.gan_steps and args.method != "bigan" else args.method
+            step_on, stage_begin = partial(train_step, nets, optimizer, stage), step
+        batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim)
+        if args.graph and step == stage_begin + 3:
+            step_on = record(step_on, batch)
+        losses = step_on(*batch)
+        save_due = step % args.save_every == 0 or step in (args.gan_steps, end)
+        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+            continue
+        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+        for name in (name for name, value in values.items() if not math.isfinite(value)):
+            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        passed = time.perf_counter() - start
+        rate, seconds = (step - last_step) / passed, seconds + passed
+        left = timedelta(seconds=round((end - step) / rate))
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
+        if step == 1 and left > timedelta(hours=1):
+            print("This is long for a CPU: --quick takes three minutes", flush=True)
+        log = log or ",".join(("step", *COLUMNS)) + "\n"
+        log += ",".join(map(str, (step, *(values.get(name, "") for name in COLUMNS)))) + "\n"
+        (out / "log.csv").write_text(log)
+        if save_due:
+            save_figures(nets, invert if stage != "gan" else None, data, z_shown, out, step)
+            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
+            state["random"] += torch.cuda.get_rng_state_all()
+            torch.save(state, out / "checkpoint.tmp")
+            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
+        last_step, start = step, time.perf_counter()
 
     nets.eval()
+    print(f"searching among {min(args.gallery, len(data.train))} images", flush=True)
+    if args.query:
+        return save_query(out / "query.png", invert, query, data, args.gallery, device)
     gallery = data.train[: args.gallery]
-    print(f"searching among {len(gallery)} images", flush=True)
-    if args.query is not None:
-        save_query(out / "query.png", invert, query, data, args.gallery, device)
-        return
     described = describe((to_unit(part.to(device)) for part in gallery.split(250)), invert)
-    save_figures(nets, invert, data, z, out, described=described)
-    results = measure(nets, invert, data, z, described)
-    results |= {"steps": run["step"], "steps_per_second": run["step"] / max(run["seconds"], 1e-9), "config": config}
+    save_figures(nets, invert, data, z_shown, out, end, described)
+    results = measure_inversion(nets, invert, data, z_shown)
+    results |= measure_search(invert, data, described, len(z_shown), device)
+    results |= {"steps": end, "steps_per_second": end / max(seconds, 1e-9), "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print_results(results)
+    rows = results | {f"search_top1 {change}": row for change, row in results["search_top1"].items()}
+    for name, value in rows.items():
+        if isinstance(value, float):
+            print(f"{name:26}{value:10.3f}")
+        elif isinstance(value, dict) and name not in ("config", "search_top1"):
+            print(f"{name:26}" + "  ".join(f"{method} {share:.3f}" for method, share in value.items()))
     print(f"The figures and results.json are in {out}/")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,6 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
-# ///
 """Pairwise augmented GANs with adversarial reconstruction loss (Alanov, Kochurov, Yashkov, Vetrov, 2018).
+
+https://arxiv.org/abs/1810.04920, of which the slides of 5 December 2018 are implemented
 
 A generator G from latents to images and an encoder E from images to latents, E(x) being a sample of a Gaussian q(z|x).
 What makes G(E(x)) like x is not a distance of pixels but a third player, a discriminator on pairs D(x, y): it tells
@@ -13,51 +11,50 @@ shows, but not at the same pixels. D(x) matches G's samples to the images, and D
     python pagan.py --data photos/ --out runs/photos                        # a folder of images
     python pagan.py --data cifar10 --reconstruction l1 --out runs/cifar_l1  # a row of the ablation study
 
-paper -> code (its slides by their titles)
-    PAGAN Diagram               G, E and the discriminators      Generator, Encoder, ImageDiscriminator (of x, and of
-                                                                 x, y), LatentDiscriminator
-    Discriminator on Pairs,     the objectives of D(x), D(x, y)  discriminator_loss; of G and E: generator_loss,
-    Matching Encoder to Prior   and D(z)                         encoder_loss, pair_loss
-    Conditional Distributions   q(z|x), r(y|x)                   reparameterise, augment
-    PAGAN Algorithm             Algorithm 1                      all_losses (L_d^x, ... L_e), train_step
-    Augmentation Function       blur, contrast, pad + crop       blur, contrast, crop; figure: save_augmentations
-    Reconstruction Loss         L1                               l1_loss; --reconstruction l1
-    Drawbacks                   table: L1, L2 of augmentations   measure: l1_of_blur, l2_of_crop, ...
-    Samples, Reconstructions    figure                           save_samples, save_reconstructions
-    Inception Score, FID        table                            inception_score, frechet_inception_distance
-    RID, RID Results            definition, table                reconstruction_inception_dissimilarity, measure
-    Ablation Study              table                            --reconstruction l1; --augmentation none
-    Choice of Augmentation      table                            --augmentation, --crop
-    GAN Drawbacks               mode collapse                    sample_diversity
+slides -> code
+    Algorithm 1                  x_pr = G(z), z_hat ~ q(z|x), x_rec = G(z_hat), x_aug = a(x); theta of G, phi of E, psi of
+                                 D_x, zeta of D_z, tau of D_xx: pagan_losses, train_step
+    PAGAN Diagram                Generator, Encoder, ImageDiscriminator (D_x of x, D_xx of x, y), LatentDiscriminator
+    Objectives                   minus_log and minus_log_not, of D's logits; in pagan_losses
+    Conditional Distributions    q(z|x): reparameterise; r(y|x): augment
+    Augmentation Function        blur, contrast, crop; figure: save_augmentations
+    Reconstruction Loss          L1: pagan_l1_losses, --reconstruction l1
+    Drawbacks (table)            measure: l1_of_blur, l2_of_crop, ...
+    Samples, Reconstructions     save_figures
+    Inception Score, FID         inception_score, frechet_inception_distance
+    RID, RID Results             reconstruction_inception_dissimilarity
+    Ablation Study               --reconstruction l1; --augmentation none
+    Choice of Augmentation       --augmentation, --crop
+    GAN Drawbacks                mode collapse: sample_diversity, ours
 
 Rulings, where the slides are silent or disagree with themselves
-    - Networks and settings are ours. G, D(x) and D(x, y) are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a
-      stage less or more for 16x16 and 64x64; D(x, y) takes both images as six channels. E mirrors G; D(z) has two
-      hidden layers. 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999; 100,000 steps.
-    - The five updates are Adam's, all from gradients at one point. Samples and reconstructions go through G together,
-      so that one batch normalisation serves both.
+    - Networks and settings are ours. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage
+      less or more for 16x16 and 64x64; D_xx takes both images as six channels. E mirrors G and gives a diagonal Gaussian;
+      D_z has two hidden layers. 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999; 100,000 steps.
     - Crop: padded by its own reflection, by 0.1 of the side in whole pixels: of the slides' five that has the best FID
       and Inception score. Blur: a standard deviation of 1/64 to 3/64 of the side. Contrast: deviations from the mean
       grey times 0.5 to 1.5.
-    - PAGAN-L1 has the L1 loss where PAGAN has -log D(x, G(E(x))): the mean over pixels, not its square, times 10.
+    - PAGAN-L1's loss is the mean over pixels, not its square as printed, times 10.
+    - NOAUG and crop 0 have other numbers in the slides; here they are one setting. So have FID and RID of PAGAN itself.
     - In figures and results z_hat is the mean of q(z|x).
-    - FID is of held-out images and 10,000 samples, RID of held-out images and their reconstructions; Inception score,
-      of as many training images for comparison. RID has no spread here. Which network was used is not said: ours is
-      torchvision's Inception v3, so compare the numbers among themselves. The slides give PAGAN a FID of 32.84, and of
-      37.20 in another table.
-    - RMSE is of pixels in 0..255; the slides do not say in what their 8.12, and 8.89 of the augmentation, are.
-    - The two rows of perceptual distances in the table of drawbacks, which need VGG's weights, are left out.
+    - FID is of the held-out images and --samples samples, RID of the held-out images and their reconstructions; the
+      Inception score is of --samples samples, that of real images of as many to train on, if there are. The slides do
+      not say which network judges: here --classifier, so compare numbers among themselves. RID has no spread here.
+    - RMSE is of pixels in 0..255, L1 and L2 are of [-1, 1]; the slides give no units. The two perceptual rows of
+      Drawbacks need VGG's weights and are left out.
+Departures
+    - The five updates are Adam's, not plain gradient steps, all from gradients at one point as printed. x_pr and x_rec
+      go through G together, so that one batch normalisation serves both.
+    - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
+      results show only that. --quick crops by 0.06, one pixel, and has 1.5 times the learning rate.
 """
 
 import argparse
 import json
 import math
-import os
-import signal
 import sys
 import time
 import warnings
-import zlib
 from collections import defaultdict
 from datetime import timedelta
 from functools import partial
@@ -69,16 +66,19 @@ import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import DataError, draw_images, load_data, place_images, save_grid, to_float
+from common import draw_images, load_data, place_images, save_grid, to_float
 
+NAME = "pagan"
 IMAGE_SIZES = (16, 32, 64)
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
-HIDDEN = 512  # units of D(z)'s layers
+HIDDEN = 512  # units of D_z's layers
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, in sides of the image
 CONTRAST = (0.5, 1.5)  # least and greatest factor
+FREE = ("classifier", "samples")  # what a resumed run may change, beside steps and intervals
+FILE = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
 QUICK = {"image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2200, "lr": 3e-4}
-QUICK |= {"classifier": "none", "save_every": 1000}
+QUICK |= {"save_every": 1000}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -86,6 +86,8 @@ QUICK |= {"classifier": "none", "save_every": 1000}
 
 def conv_widths(image_size, channels):
     """Channels of the stages from S to 8x8, and of the 4x4 map: c, 2c, 4c, 8c where S = 32."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size {image_size}: must be one of {IMAGE_SIZES}")
     return [channels * 2**i for i in range(image_size.bit_length() - 2)]
 
 
@@ -113,7 +115,7 @@ class Encoder(nn.Sequential):
 
 
 class ImageDiscriminator(nn.Sequential):
-    """D(x) and D(x, y): one or two images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
+    """D_x and D_xx, D(x) and D(x, y): one or two images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
 
     def __init__(self, image_size, channels, images):
         widths = conv_widths(image_size, channels)
@@ -128,7 +130,7 @@ class ImageDiscriminator(nn.Sequential):
 
 
 class LatentDiscriminator(nn.Sequential):
-    """D(z): latents [N, Z] -> logits [N, 1], positive for those of the prior."""
+    """D_z: latents [N, Z] -> logits [N, 1], positive for those of the prior."""
 
     def __init__(self, latent_dim):
         layers = [nn.Linear(latent_dim, HIDDEN), nn.LeakyReLU(LEAK), nn.Linear(HIDDEN, HIDDEN), nn.LeakyReLU(LEAK)]
@@ -136,7 +138,12 @@ class LatentDiscriminator(nn.Sequential):
 
 
 def build_networks(reconstruction, image_size, channels, latent_dim):
-    """The networks by the names of their losses; D_xx, D(x, y), only where reconstruction is "pair", not "l1"."""
+    """G, E, D_x, D_z and, where reconstruction is "pair", not "l1", D_xx, in training mode.
+
+    ValueError for another reconstruction, or an image_size that there is not.
+    """
+    if reconstruction not in LOSSES:
+        raise ValueError(f"reconstruction {reconstruction}: must be one of {list(LOSSES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
     nets["D_x"] = ImageDiscriminator(image_size, channels, images=1)
@@ -181,15 +188,18 @@ def contrast(x, u):
     return (mean + factor * (x - mean)).clamp(-1, 1)
 
 
+AUGMENTATIONS = {"crop": crop, "blur": lambda x, u, p: blur(x, u), "contrast": lambda x, u, p: contrast(x, u)}
+AUGMENTATIONS["none"] = lambda x, u, p: x
+
+
 def augment(x, u, kind, p):
-    """a(x) ~ r(y|x): images x [N, 3, S, S] in [-1, 1], changed by u, random numbers [N, 2] in [0, 1). p: of crop."""
-    if kind == "crop":
-        return crop(x, u, p)
-    if kind == "blur":
-        return blur(x, u)
-    if kind == "contrast":
-        return contrast(x, u)
-    return x
+    """a(x) ~ r(y|x): images x [N, 3, S, S] in [-1, 1], changed by u, random numbers [N, 2] in [0, 1). p: of crop.
+
+    ValueError for a kind that is not among AUGMENTATIONS.
+    """
+    if kind not in AUGMENTATIONS:
+        raise ValueError(f"kind {kind}: must be one of {list(AUGMENTATIONS)}")
+    return AUGMENTATIONS[kind](x, u, p)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -200,65 +210,58 @@ def reparameterise(mean, log_variance, epsilon):
     return mean + epsilon * (log_variance / 2).exp()
 
 
-def discriminator_loss(d_real, d_fake):
-    """L_d^x, L_d^z, L_d^xx: -mean log D(real) - mean log(1 - D(fake)).
+def minus_log(d):
+    """-mean log D of D's logits d [N, 1]."""
+    return F.softplus(-d).mean()
 
-    d_real, d_fake: logits [N, 1] of D(x) and D(x_pr), or of D(z) and D(z_hat), or of D(x, x_aug) and D(x, x_rec).
+
+def minus_log_not(d):
+    """-mean log(1 - D) of D's logits d [N, 1]."""
+    return F.softplus(d).mean()
+
+
+def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight=None):
+    """PAGAN, Algorithm 1: images x and x_aug ~ r(y|x) [N, 3, S, S] in [-1, 1], z [M, Z], epsilon [N, Z] ~ N(0, I).
+
+    Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise.
     """
-    return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
-
-
-def pair_loss(d_rec):
-    """Last term of L_g and of L_e: -mean log D(x, x_rec). d_rec: D's logits [N, 1]."""
-    return F.softplus(-d_rec).mean()
-
-
-def l1_loss(x_rec, x):
-    """In place of pair_loss in PAGAN-L1: |x - x_rec|_1, the mean over pixels. x_rec, x: [N, 3, S, S]."""
-    return F.l1_loss(x_rec, x)
-
-
-def generator_loss(d_pr, L_rec):
-    """L_g: -mean log D(x_pr) + L_rec. d_pr: D's logits [N, 1]; L_rec: pair_loss, or the weighted l1_loss."""
-    return F.softplus(-d_pr).mean() + L_rec
-
-
-def encoder_loss(d_hat, L_rec):
-    """L_e: -mean log D(z_hat) + L_rec. d_hat: D's logits [N, 1]; L_rec: pair_loss, or the weighted l1_loss."""
-    return F.softplus(-d_hat).mean() + L_rec
-
-
-def all_losses(nets, x, x_aug, z, epsilon, l1_weight):
-    """Algorithm 1, one forward pass -> {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g and L_e, to minimise, and L_rec.
-
-    x: images [N, 3, S, S] in [-1, 1], x_aug: augmentations of them. z ~ N(0, I), epsilon ~ N(0, I), q's noise: [N, Z].
-    l1_weight: of the L1 loss where there is no D_xx, and so no L_d_xx.
-    """
+    # What goes through a network goes at once, for speed; so x_pr and x_rec share G's batch normalisation.
     z_hat = reparameterise(*nets["E"](x).chunk(2, dim=1), epsilon)
-    x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).chunk(2)
-    d_x, d_pr = nets["D_x"](torch.cat([x, x_pr])).chunk(2)
-    d_z, d_hat = nets["D_z"](torch.cat([z, z_hat])).chunk(2)
-    losses = {"L_d_x": discriminator_loss(d_x, d_pr), "L_d_z": discriminator_loss(d_z, d_hat)}
-    if "D_xx" in nets:
-        d_aug, d_rec = nets["D_xx"](torch.cat([x, x]), torch.cat([x_aug, x_rec])).chunk(2)
-        losses["L_d_xx"] = discriminator_loss(d_aug, d_rec)
-        L_rec = pair_loss(d_rec)
-    else:
-        L_rec = l1_weight * l1_loss(x_rec, x)
-    return {**losses, "L_g": generator_loss(d_pr, L_rec), "L_e": encoder_loss(d_hat, L_rec), "L_rec": L_rec}
+    x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
+    d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
+    d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
+    d_x_aug, d_x_rec = nets["D_xx"](torch.cat([x, x]), torch.cat([x_aug, x_rec])).split([len(x), len(x)])
+    L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
+    L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
+    L_d_xx = minus_log(d_x_aug) + minus_log_not(d_x_rec)
+    L_g = minus_log(d_x_pr) + minus_log(d_x_rec)
+    L_e = minus_log(d_z_hat) + minus_log(d_x_rec)
+    return {"L_d_x": L_d_x, "L_d_z": L_d_z, "L_d_xx": L_d_xx, "L_g": L_g, "L_e": L_e}
+
+
+def pagan_l1_losses(nets, x, x_aug, z, epsilon, l1_weight):
+    """PAGAN-L1 of the ablation study: l1_weight |x - x_rec|_1 for -log D(x, x_rec). Otherwise as pagan_losses."""
+    z_hat = reparameterise(*nets["E"](x).chunk(2, dim=1), epsilon)
+    x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
+    d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
+    d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
+    L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
+    L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
+    L1 = F.l1_loss(x_rec, x)
+    L_g = minus_log(d_x_pr) + l1_weight * L1
+    L_e = minus_log(d_z_hat) + l1_weight * L1
+    return {"L_d_x": L_d_x, "L_d_z": L_d_z, "L_g": L_g, "L_e": L_e, "L1": L1}
+
+
+LOSSES = {"pair": pagan_losses, "l1": pagan_l1_losses}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def build_optimizers(nets, lr):
-    """One Adam for each loss that is minimised, by the loss's name."""
-    players = {"L_d_x": "D_x", "L_d_z": "D_z", "L_d_xx": "D_xx", "L_g": "G", "L_e": "E"}
-    return {
-        loss: torch.optim.Adam(nets[name].parameters(), lr, BETAS, fused=True, capturable=True)
-        for loss, name in players.items()
-        if name in nets
-    }
+def build_optimizer(nets, lr):
+    """One Adam for all networks, since they all take their step at the same time."""
+    return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
 def draw_batch(images, latent_dim, augmentation, p):
@@ -268,68 +271,34 @@ def draw_batch(images, latent_dim, augmentation, p):
     return x, x_aug, *torch.randn(2, len(x), latent_dim, device=x.device)
 
 
-def train_step(nets, optimizers, x, x_aug, z, epsilon, l1_weight):
-    """One update of every network, all at the same point. Returns the losses there, as tensors: see all_losses."""
-    losses = all_losses(nets, x, x_aug, z, epsilon, l1_weight)
-    for name, optimizer in optimizers.items():
-        optimizer.zero_grad()
-        losses[name].backward(inputs=optimizer.param_groups[0]["params"], retain_graph=True)
-    for optimizer in optimizers.values():
-        optimizer.step()
+def train_step(nets, optimizer, reconstruction, l1_weight, x, x_aug, z, epsilon):
+    """One update of every network, all at the same point. Returns the losses before it, detached: see pagan_losses."""
+    losses = LOSSES[reconstruction](nets, x, x_aug, z, epsilon, l1_weight)
+    optimizer.zero_grad()
+    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
+    losses["L_d_x"].backward(inputs=list(nets["D_x"].parameters()), retain_graph=True)  # psi
+    losses["L_d_z"].backward(inputs=list(nets["D_z"].parameters()), retain_graph=True)  # zeta
+    if "D_xx" in nets:
+        losses["L_d_xx"].backward(inputs=list(nets["D_xx"].parameters()), retain_graph=True)  # tau
+    losses["L_g"].backward(inputs=list(nets["G"].parameters()), retain_graph=True)  # theta
+    losses["L_e"].backward(inputs=list(nets["E"].parameters()))  # phi
+    optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(iterate, images, nets, optimizers):
-    """iterate(images) as a CUDA graph: a function that replays it and returns the same tensors, with new values.
+def record(step, batch):
+    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
+    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+    with torch.cuda.graph(graph):
+        losses = step(*batch)
 
-    images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
-    optimizers and random numbers are afterwards as they were before.
-    """
-
-    def state():
-        """The tensors that a step changes."""
-        moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
-        return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
-
-    images, random = images.clone(), torch.cuda.get_rng_state(images.device)
-    before = {tensor: tensor.detach().clone() for tensor in state()}
-    with torch.cuda.device(images.device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their algorithms, Adam makes its moments
-                iterate(images)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            losses = iterate(images)
-    with torch.no_grad():
-        for tensor in state():
-            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-    torch.cuda.set_rng_state(random, images.device)
-
-    def replay(new_images):
-        """A step on other images."""
-        images.copy_(new_images)
+    def replay(*new_batch):
+        """A step on tensors of the same shapes."""
+        torch._foreach_copy_(batch, new_batch)
         graph.replay()
         return losses
 
     return replay
-
-
-def use_precision(nets, precision):
-    """Let CUDA compute products in float32 alone (fp32), or in TensorFloat-32 (tf32), here and in all of the process.
-
-    bf16: the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    for net in nets.values() if precision == "bf16" else ():
-        net.forward = partial(forward_in_bfloat16, net.forward)
-
-
-def forward_in_bfloat16(forward, *inputs):
-    """A network's forward under autocast. Inputs and output: tensors, float32."""
-    with torch.autocast(inputs[0].device.type, torch.bfloat16):
-        return forward(*inputs).float()
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -340,16 +309,6 @@ def reconstruct(nets, x):
     return nets["G"](nets["E"](x).chunk(2, dim=1)[0])
 
 
-def save_samples(path, nets, z):
-    """G(z), ten a row. z: [N, Z]."""
-    save_grid(path, nets["G"](z))
-
-
-def save_reconstructions(path, nets, x):
-    """Pairs (x, G(E(x))), five a row. x: images [N, 3, S, S] in [-1, 1]."""
-    save_grid(path, x, reconstruct(nets, x), columns=5)
-
-
 def save_augmentations(path, x, p):
     """Original, blur, contrast, pad + crop, twice a row. x: images [N, 3, S, S] in [-1, 1]; p: of crop."""
     u = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -358,34 +317,34 @@ def save_augmentations(path, x, p):
 
 
 @torch.no_grad()
-def save_figures(nets, data, z, out, p, step=None):
-    """Into the folder out: samples, reconstructions and augmentations; with a step only samples_<step>.png and
-    reconstructions_<step>.png.
+def save_figures(nets, data, z, out, step, p, last=True):
+    """samples_<step>.png, reconstructions_<step>.png, and if last figure_augmentations.png.
 
-    The images are the first held-out ones, the same in every run. z: latents [N, Z], 100 of them shown. p: of crop.
+    data: of which up to 40 held-out images are shown. z: latents [N, Z], of which 100 are. The same in every run. p: of
+    crop.
     """
-    x = to_float(data.heldout[torch.arange(40) % len(data.heldout)].to(z.device))
     nets.eval()
-    save_samples(out / ("figure_samples.png" if step is None else f"samples_{step}.png"), nets, z[:100])
-    save_reconstructions(
-        out / ("figure_reconstructions.png" if step is None else f"reconstructions_{step}.png"), nets, x
-    )
-    if step is None:
+    x = to_float(data.heldout[:40].to(z.device))
+    save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
+    save_grid(out / f"reconstructions_{step}.png", x, reconstruct(nets, x), columns=5)
+    if last:
         save_augmentations(out / "figure_augmentations.png", x[:10], p)
     nets.train()
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse.
+    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse; ours.
 
-    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1.
+    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1; None if the images are all the same.
     """
-    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
+    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
+    return a / b if b > 0 else None
 
 
 def reconstruction_inception_dissimilarity(log_p_x, log_p_rec):
-    """RID: exp E KL(p(y|x) || p(y|G(E(x)))), at least 1. log p(y|x) and log p(y|G(E(x))): [N, classes]."""
-    return F.kl_div(log_p_rec, log_p_x, reduction="batchmean", log_target=True).double().exp().item()
+    """RID: exp of the mean KL(p(y|x) || p(y|G(E(x)))), at least 1. log p(y|x), log p(y|G(E(x))): [N, classes]."""
+    kl = F.kl_div(log_p_rec, log_p_x, reduction="batchmean", log_target=True)  # torch has the second argument's first
+    return kl.double().exp().item()
 
 
 def inception_score(probabilities, splits=10):
@@ -415,12 +374,14 @@ def frechet_inception_distance(features_a, features_b):
 
 
 class Inception(nn.Module):
-    """torchvision's Inception v3: images [N, 3, S, S] in [-1, 1] -> logits [N, 1000] and features [N, 2048]."""
+    """torchvision's Inception v3: images [N, 3, S, S] in [-1, 1] -> logits [N, 1000] and features [N, 2048].
 
-    def __init__(self, weights):
+    The weights are from torchvision's cache or fetched by it; raises what it raises where it has neither.
+    """
+
+    def __init__(self):
         super().__init__()
-        self.net = torchvision.models.inception_v3(weights=None, init_weights=False)
-        self.net.load_state_dict(weights)
+        self.net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
         self.fc, self.net.fc = self.net.fc, nn.Identity()
 
     def forward(self, x):
@@ -428,12 +389,29 @@ class Inception(nn.Module):
         return self.fc(features), features
 
 
+def load_classifier(name, image_size):
+    """p(y|x) by --classifier, in evaluation mode, or None: images [N, 3, S, S] in [-1, 1] to (logits, features)."""
+    if name == "none":
+        return None
+    if name == "inception":
+        return Inception().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+        classifier = torch.jit.load(name, map_location="cpu").eval()
+    logits, features = classifier(torch.zeros(2, 3, image_size, image_size))
+    if not (len(logits) == len(features) == 2 and logits.ndim == features.ndim == 2 and features.shape[1] > 1):
+        raise ValueError(
+            f"it does not take images [N, 3, {image_size}, {image_size}] to logits [N, C], features [N, F]"
+        )
+    return classifier
+
+
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier=None, count=0):
     """The figures of merit, on held-out images and latents z [N, Z]; None where they need a classifier and have none.
 
-    augmentation, p: those of the AUG row; l1_of_crop and l2_of_crop are of crop with p in any case. classifier: from
-    images [N, 3, S, S] in [-1, 1] to (logits [N, classes], features [N, F]); count: how many samples it judges.
+    augmentation, p: those of the AUG row; l1_of_crop and l2_of_crop are of crop with p in any case. classifier: see
+    load_classifier; count: how many samples it judges, and at most how many images to train on.
     """
     nets.eval()
     G, device, rng = nets["G"], z.device, torch.Generator().manual_seed(1)
@@ -447,24 +425,18 @@ def measure(nets, data, z, augmentation, p, classifier=None, count=0):
             log_p[name].append(logits.log_softmax(dim=1))
             features[name].append(part)
 
-    for part in data.heldout.split(100):
-        x, share = to_float(part.to(device)), len(part) / len(data.heldout)
-        u = torch.rand(len(x), 2, generator=rng).to(device)
+    for x in map(to_float, data.heldout.to(device).split(100)):
+        u, share = torch.rand(len(x), 2, generator=rng).to(device), len(x) / len(data.heldout)
         x_rec, x_aug, x_blur, x_crop = reconstruct(nets, x), augment(x, u, augmentation, p), blur(x, u), crop(x, u, p)
-        values = {
-            "heldout_l1": F.l1_loss(x_rec, x),
-            "heldout_l1_of_mean_image": F.l1_loss(mean_image.expand_as(x), x),
-            "l1_of_blur": F.l1_loss(x_blur, x),
-            "l1_of_crop": F.l1_loss(x_crop, x),
-            "l2_of_blur": F.mse_loss(x_blur, x),
-            "l2_of_crop": F.mse_loss(x_crop, x),
-            "rmse_255": F.mse_loss(x_rec, x),
-            "rmse_255_of_augmentation": F.mse_loss(x_aug, x),
-        }
-        for name, value in values.items():
-            results[name] += share * value.item()
-        for name, images in (("x", x), ("x_rec", x_rec), ("x_aug", x_aug)):
-            judge(name, images)
+        for name, y in (("heldout_l1", x_rec), ("heldout_l1_of_mean_image", mean_image.expand_as(x))):
+            results[name] += share * F.l1_loss(y, x).item()
+        for name, y in (("blur", x_blur), ("crop", x_crop)):
+            results[f"l1_of_{name}"] += share * F.l1_loss(y, x).item()
+            results[f"l2_of_{name}"] += share * F.mse_loss(y, x).item()
+        for name, y in (("rmse_255", x_rec), ("rmse_255_of_augmentation", x_aug)):
+            results[name] += share * F.mse_loss(y, x).item()
+        for name, y in (("x", x), ("x_rec", x_rec), ("x_aug", x_aug)):
+            judge(name, y)
     for name in ("rmse_255", "rmse_255_of_augmentation"):
         results[name] = 127.5 * math.sqrt(results[name])
     results["sample_diversity"] = sample_diversity(G(z), to_float(data.heldout[: len(z)].to(device)))
@@ -481,39 +453,36 @@ def measure(nets, data, z, augmentation, p, classifier=None, count=0):
         results["inception_score_of_real"], _ = inception_score(log_p["train"].exp())
         results["rid"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["x_rec"])
         results["rid_of_augmentation"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["x_aug"])
-    nets.train()
-    return dict(results)
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
 def fail(message):
-    """End the program with one line on the standard error and exit status 2."""
-    print(f"pagan.py: error: {message}", file=sys.stderr)
+    """End the program with one line, the message's first, on the standard error and exit status 2."""
+    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
     sys.exit(2)
 
 
 def parse_args(argv):
-    """The arguments, and the checkpoint of --out if they ask for it, else None."""
+    """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = argparse.ArgumentParser(
-        description="Pairwise augmented GANs with adversarial reconstruction loss (Alanov et al. 2018). The slides "
-        "name no settings but the augmentations: defaults are ours (see the rulings at the head of the script).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.error = fail
-    add = parser.add_argument
+    parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-    add("--reconstruction", choices=("pair", "l1"), default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
+    add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
     augmentations = "a(x), for the pair loss; none: PAGAN-NOAUG of the ablation study"
-    add("--augmentation", choices=("crop", "blur", "contrast", "none"), default="crop", help=augmentations)
+    add("--augmentation", choices=AUGMENTATIONS, default="crop", help=augmentations)
     add("--crop", type=float, default=0.1, help="padding in sides of the image; the slides try 0, 0.05, 0.1, 0.15, 0.2")
     add("--l1-weight", type=float, default=10.0, help="of the L1 loss of PAGAN-L1")
+    files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
+    add("--classifier", default="none", help=files)
+    add("--samples", type=int, default=10_000, help="generated images that the classifier judges")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default="runs/pagan", help="folder for pictures, log.csv, results.json, checkpoint.pt")
-    add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
-    add("--eval", action="store_true", help="no training: figures and results of the run in --out")
+    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=100_000, help="updates of every network")
     add("--batch-size", type=int, default=64, help="images a step")
@@ -521,219 +490,115 @@ def parse_args(argv):
     add("--latent-dim", type=int, default=128, help="dimensions Z of the latents")
     add("--channels", type=int, default=64, help="width of the layers next to the image")
     add("--lr", type=float, default=2e-4, help="learning rate")
-    files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
-    add("--classifier", default="inception", help=files)
-    add(
-        "--inception-weights", help="torchvision's inception_v3_google-0cc3c7bd.pth; downloaded if needed and not given"
-    )
-    add("--samples", type=int, default=10_000, help="generated images that the classifier judges")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of products; on a CPU tf32 is fp32")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
     args, checkpoint = parser.parse_args(argv), None
     path = Path(args.out, "checkpoint.pt")
-    if args.resume or args.eval:
-        checkpoint = load_checkpoint(path)
-        parser.set_defaults(**checkpoint["config"])
+    if args.resume:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            parser.set_defaults(**checkpoint[NAME])
+        except Exception:  # torch.load raises many kinds on what is no checkpoint
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
-    else:
-        parser.set_defaults(**QUICK if args.quick else {})
+    elif args.quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    check_args(args, checkpoint)
-    return args, checkpoint
-
-
-def check_args(args, checkpoint):
-    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
     for name, value in vars(args).items():
-        minimum = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
-        if minimum is not None and not minimum <= value < 2**63:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {minimum}")
+        least = {int: 10 if name == "samples" else 0 if name == "seed" else 1, float: 0}.get(type(value))
+        if least is not None and not least <= value <= 1e12:
+            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
         fail(f"--crop cannot be {args.crop}: it must be 0, or from a pixel to half of the side")
-    if args.samples < 10:
-        fail(f"--samples cannot be {args.samples}: it must be at least 10")
-    free = {"data", "log_every", "save_every", "classifier", "inception_weights", "samples"}
-    free |= set() if args.eval else {"steps"}
-    for name, value in checkpoint["config"].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in free:
+    for name, value in checkpoint[NAME].items() if checkpoint else ():
+        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every", *FREE):
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if checkpoint and not args.eval and args.steps < checkpoint["step"]:
+    if checkpoint and args.steps < checkpoint["step"]:
         fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if args.graph and torch.device(args.device).type != "cuda":
-        fail(f"--graph needs CUDA, not --device {args.device}")
-
-
-def load_checkpoint(path):
-    """The checkpoint that train() saved, on the CPU."""
-    if not path.is_file():
-        fail(f"{path} does not exist: give the --out of a run, or leave out --resume and --eval")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == "pagan":
-            return checkpoint
-    except Exception:  # torch.load raises many kinds on what is no checkpoint
-        pass
-    fail(f"{path} is not a checkpoint of pagan.py: give another --out")
-
-
-def load_classifier(name, path, image_size):
-    """p(y|x) by --classifier: Inception v3 with the weights in the file at path, or torchvision's if that is None; or
-    what the TorchScript file called name holds. None if there is to be none, or Inception's weights cannot be had."""
-    if name == "none":
-        return None
-    if name == "inception":
-        file = "inception_v3_google-0cc3c7bd.pth"
-        try:
-            if path is None:
-                source = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
-                return Inception(source.get_state_dict(check_hash=True, weights_only=True)).eval()
-            return Inception(torch.load(path, map_location="cpu", weights_only=True)).eval()
-        except Exception as error:  # the network, the disk and torch.load raise many kinds
-            if path is not None:
-                fail(f"{path} does not hold Inception v3's weights: give torchvision's {file}")
-            print(
-                f"no FID, RID and Inception score: {file} cannot be downloaded ({error}); give it to "
-                "--inception-weights, or another classifier to --classifier",
-                flush=True,
-            )
-            return None
-    if not Path(name).is_file():
-        fail(f"--classifier {name} does not exist: give a TorchScript file, inception or none")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
-            classifier = torch.jit.load(name, map_location="cpu").eval()
-        logits, features = classifier(torch.zeros(2, 3, image_size, image_size))
-        if len(logits) == len(features) == 2 and logits.ndim == features.ndim == 2 and features.shape[1] > 1:
-            return classifier
-    except Exception:  # TorchScript raises many kinds
-        pass
-    fail(
-        f"--classifier {name} is no TorchScript file that takes [N, 3, {image_size}, {image_size}] to logits, features"
-    )
-
-
-def train(args, nets, optimizers, data, z, run):
-    """The training loop, from run["step"] to args.steps. z: latents [N, Z] of the pictures."""
-    out, images = Path(args.out), place_images(data.train, z.device)
-
-    def save():
-        """Write a temporary file and rename it, so that checkpoint.pt is always whole."""
-        state = {"networks": nets.state_dict(), "optimizers": {k: v.state_dict() for k, v in optimizers.items()}}
-        state["random"] = {"cpu": torch.get_rng_state()}
-        if z.is_cuda:
-            state["random"]["cuda"] = torch.cuda.get_rng_state(z.device)
-        torch.save({"script": "pagan", **run, **state}, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
-
-    def iterate(drawn):
-        """One step on uint8 images."""
-        batch = draw_batch(drawn, args.latent_dim, args.augmentation, args.crop)
-        return train_step(nets, optimizers, *batch, args.l1_weight)
-
-    if args.graph:
-        iterate = record(iterate, images[: args.batch_size].to(z.device), nets, optimizers)
-    if run["step"] == 0:
-        save()
-    log, stops = (out / "log.csv").open("a", buffering=1), []
-    run["log_size"] = min(run["log_size"], log.tell())
-    log.truncate(run["log_size"])  # without what a stopped run wrote after its last checkpoint
-    signal.signal(signal.SIGINT, lambda *_: stops.append(True))  # Ctrl-C ends the loop after the step under way
-    step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
-    while step < args.steps and not stop:
-        losses = iterate(draw_images(images, args.batch_size, z.device))
-        step, stop = step + 1, bool(stops)
-        save_due = step % args.save_every == 0 or step == args.steps or stop
-        if not (save_due or step % args.log_every == 0 or step == 10):
-            continue
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
-        seconds = time.perf_counter() - last_time
-        broken = [f"loss {name}" for name, value in values.items() if not math.isfinite(value)]
-        broken += [f"weight {name}" for name, weight in nets.named_parameters() if not weight.isfinite().all()]
-        if broken:
-            fail(f"{broken[0]} is not finite by step {step}; {out}/checkpoint.pt holds the last good step")
-        left = timedelta(seconds=round((args.steps - step) * seconds / (step - last_step)))
-        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"step {step}  {terms}  {(step - last_step) / seconds:.1f} steps/s  {left} left", flush=True)
-        if step == 10 and left > timedelta(hours=1) and args.device == "cpu":
-            print("This is long for a CPU: --quick takes three minutes", flush=True)
-        if run["log_size"] == 0:
-            print("step", *values, sep=",", file=log)
-        print(step, *values.values(), sep=",", file=log)
-        run |= {"step": step, "seconds": run["seconds"] + seconds, "log_size": log.tell()}
-        if save_due:
-            save_figures(nets, data, z, out, args.crop, step)
-            save()
-        last_step, last_time = step, time.perf_counter()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if stop:
-        print(f"stopped after step {step}: continue with --resume")
-        sys.exit(130)
+    return args, checkpoint
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, device = Path(args.out), torch.device(args.device)
+    out = Path(args.out)
     try:
-        data = load_data(args.data, args.image_size)
-    except DataError as error:
-        fail(error)
-    if len(data.train) < args.batch_size:
-        fail(f"{args.data} has {len(data.train)} images to train on, fewer than --batch-size {args.batch_size}")
-    fingerprint = zlib.crc32(data.heldout.numpy(), zlib.crc32(data.train.numpy()))
-    if checkpoint and checkpoint["fingerprint"] != fingerprint:
-        fail(f"{args.data} does not hold the images that {out} was made with: give the same --data, or another --out")
-
-    classifier = load_classifier(args.classifier, args.inception_weights, args.image_size)
+        option = f"--device {args.device}"
+        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        if args.graph:
+            option += " with --graph"
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
+        option = f"--data {args.data}"
+        data = load_data(args.data, args.image_size, args.batch_size)
+        option = f"--classifier {args.classifier}"
+        option += f", without {FILE} in {torch.hub.get_dir()}/checkpoints," if args.classifier == "inception" else ""
+        classifier = load_classifier(args.classifier, args.image_size)
+        option = f"--out {out}"
+        out.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # of many kinds
+        fail(f"{option} cannot be used: {error}")
 
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.reconstruction, args.image_size, args.channels, args.latent_dim).to(device)
-    use_precision(nets, args.precision)
-    optimizers = build_optimizers(nets, args.lr)
-    z = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0))  # the same in every run
-    z = z.to(device)
-    config = {
-        name: value for name, value in vars(args).items() if name not in ("out", "resume", "eval", "device", "graph")
-    }
-    run = {"step": 0, "seconds": 0.0, "log_size": 0, "fingerprint": fingerprint, "config": config}
+    optimizer = build_optimizer(nets, args.lr)
+    z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    begin, seconds, log = 0, 0.0, ""
     if checkpoint:
-        run |= {name: checkpoint[name] for name in ("step", "seconds", "log_size")}
+        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
         nets.load_state_dict(checkpoint["networks"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if z.is_cuda and "cuda" in checkpoint["random"]:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out} cannot be made: {error.strerror}")
-    loss = f"augmentation {args.augmentation}" if args.reconstruction == "pair" else f"L1 loss times {args.l1_weight:g}"
-    print(
-        f"{args.reconstruction}: {loss}, on {len(data.train)} images of {args.data}, on {device}, into {out}/",
-        flush=True,
-    )
-    if not args.eval:
-        train(args, nets, optimizers, data, z, run)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random"][0])
+        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
+    kind = f"{args.reconstruction}, {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels),"
+    print(f"{kind} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
 
-    save_figures(nets, data, z, out, args.crop)
-    if classifier:
-        print(f"classifying held-out images, {args.samples} samples, training images", flush=True)
-        classifier = classifier.to(device)
-    results = measure(nets, data, z, args.augmentation, args.crop, classifier, args.samples)
-    results["classifier"] = args.classifier if classifier else None
-    results |= {"steps": run["step"], "steps_per_second": run["step"] / max(run["seconds"], 1e-9), "config": config}
+    images, step_on = (
+        place_images(data.train, device),
+        partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight),
+    )
+    last_step, start = begin, time.perf_counter()
+    for step in range(begin + 1, args.steps + 1):
+        drawn = draw_images(images, args.batch_size, device)
+        batch = draw_batch(drawn, args.latent_dim, args.augmentation, args.crop)
+        if args.graph and step == begin + 4:
+            step_on = record(step_on, batch)
+        losses = step_on(*batch)
+        save_due = step % args.save_every == 0 or step == args.steps
+        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+            continue
+        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+        for name in (name for name, value in values.items() if not math.isfinite(value)):
+            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        passed = time.perf_counter() - start
+        rate, seconds = (step - last_step) / passed, seconds + passed
+        left = timedelta(seconds=round((args.steps - step) / rate))
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
+        if step == 1 and left > timedelta(hours=1):
+            print("This is long for a CPU: --quick takes three minutes", flush=True)
+        log = log or ",".join(("step", *values)) + "\n"
+        log += ",".join(map(str, (step, *values.values()))) + "\n"
+        (out / "log.csv").write_text(log)
+        if save_due:
+            save_figures(nets, data, z_shown, out, step, args.crop, last=False)
+            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
+            state["random"] += torch.cuda.get_rng_state_all()
+            torch.save(state, out / "checkpoint.tmp")
+            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
+        last_step, start = step, time.perf_counter()
+
+    save_figures(nets, data, z_shown, out, args.steps, args.crop)
+    classifier = classifier.to(device) if classifier else None
+    results = measure(nets, data, z_shown, args.augmentation, args.crop, classifier, args.samples)
+    results |= {"steps": args.steps, "steps_per_second": args.steps / max(seconds, 1e-9), "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         if isinstance(value, float):
@@ -744,5 +609,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)

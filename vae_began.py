@@ -1,8 +1,6 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
-# ///
 """Adversarial training of variational auto-encoders for high fidelity image generation (Khan, Hayat, Barnes, 2018).
+
+https://arxiv.org/abs/1804.10323
 
 The generator is a variational auto-encoder: an encoder E from images to latents, a decoder G from latents to images.
 The discriminator D is an auto-encoder too. It learns to reconstruct real images x well, and fake ones badly: those that
@@ -15,52 +13,51 @@ and G learn to give back x: in its pixels, and in what D's encoder makes of it, 
     python vae_began.py --model began --data cifar10 --image-size 32 --out runs/began    # a row of Table 1
 
 paper -> code
-    Figure 1     the two auto-encoders                Encoder, Decoder; Discriminator has one of each
-    Eq. 2, 3     pixel loss and KL loss of the VAE    pixel_loss, kl_loss
+    Figure 1     F_vae-e, F_vae-d, F_ae-e, F_ae-d     Encoder E, Decoder G, Discriminator D: its encoder, its decoder
+    Eq. 2, 7, 9  L_e; L_d, L_g, L_v; L_s              vae_began_losses
+    Eq. 3        KL loss of the VAE, L_n              kl_loss
     Eq. 4        reparameterisation                   reparameterise
-    Eq. 5, 13    the discriminator's loss             discriminator_loss
-    Eq. 6, 14    the decoder's loss                   fake_loss, decoder_loss
-    Eq. 7        what D makes of its images           autoencoder_loss (L_d, L_g, L_v)
+    Eq. 5, 6     the losses without k, beta, gamma    fake_loss; then Eq. 13, 14
     Eq. 8        the discriminator's output           Discriminator
-    Eq. 9        learned similarity metric            similarity_loss
-    Eq. 10, 11   balance of real and fake losses      balance, balance_error
+    Eq. 10, 11   measured eta; error e_t              balance
     Eq. 12       PID controller                       Controller
-    Eq. 15       the encoder's loss                   encoder_loss
-    Section 3.4  convergence measure                  convergence_measure
-    Algorithm 1                                       all_losses, train_step
-    Table 1      Inception score of three models      inception_score; --model, MODELS
-    Figures 2, 3 samples of 64x64, 128x128            save_samples
+    Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
+    Section 3.4  convergence measure                  balance
+    Algorithm 1  lines 3-13                           vae_began_losses, train_step
+    Table 1      Inception score of three models      inception_score; --model, began_losses
+    Figures 2, 3 samples of 64x64, 128x128            save_figures
     Figure 4     fakes, reals, D's reconstructions    save_discriminations
     Figure 6     interpolation between real images    save_interpolations
     Figure 8     arithmetic with attributes           save_arithmetic, attribute_directions
 
-Rulings, where the paper is silent or misprinted
+Rulings, where the paper is silent or contradicts itself
     - Eq. 7 prints L_g as |x - x_g'|, but x_g has no partner x: |x_g - x_g'|, as in L_v and in BEGAN. Eq. 11 prints
       - L_g + alpha L_v: - (L_g + alpha L_v), as in Eq. 10 and in the convergence measure.
-    - Eq. 10 measures eta; in Eq. 11 it is the constant 0.5. The measured ratio is logged.
-    - k and the two errors before the first are 0 at the start; k is kept in [0, 1], as in BEGAN.
-    - The networks are BEGAN's, to which the paper refers: log2(S) - 2 pairs of convolutions (the paper's "three" are
-      those of 32x32), i n channels in the encoder's i-th, n in the decoder's; 64 latents from N(0, I), 16 images.
-    - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is. As a sum it outweighs the other terms, and
-      E's latents say nothing about the image.
-    - BEGAN has no E, so no L_n, L_e and L_v; no L_s; and it moves k in proportion to the error (l1 alone). "BEGAN* +
-      LSM" has the paper's controller, and an L_s of x and x_g.
-    - Algorithm 1 updates E, G, k and D in turn, from one forward pass; here all gradients are taken before the first
-      update, and D's loss has the k before its own, as in Eq. 13.
-    - The codes of real images are the means that E gives; Figure 8's are of training images, and its attributes, unless
-      named, the five that are nearest to even.
-    - Inception scores are by torchvision's Inception v3, another network than the paper's: compare them with that of
-      real images, and among themselves.
+    - Eq. 10 measures eta, here in one batch; in Eq. 11 it is the constant 0.5.
+    - sigma_v, "variance" beside Eq. 4, is used as a deviation; E gives a log-variance. |.| is said to be the latent
+      space's beside Eq. 2, and is the number of elements. The prior "from [0, 1]" of Section 4 is N(0, I), as in Eq. 3.
+    - k and the two errors before the first are 0 at the start; k is kept in [0, 1], as in BEGAN. l1 is "proportional" in
+      Section 3.4's words on BEGAN, and integral in Eq. 12.
+    - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128: log2(S) - 2 pairs of
+      convolutions (the paper's "three" are those of 32x32), i n channels in the encoder's i-th, n in the decoder's. So
+      encoder and decoder do not have equally many parameters, as Section 4 says (3.45 and 0.56 million at 64x64).
+    - Of the codes of real images the means are taken. Figure 8's are of training images, and its attributes, unless
+      named, the five that are nearest to even. Figure 6's caption has generated images; its text real ones: the text.
+Departures
+    - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
+    - BEGAN's z is uniform; here it is N(0, I) in all three models. "BEGAN* + LSM" has an L_s of x and x_g.
+    - Algorithm 1 updates E, G, k and D in turn, from one forward pass; here all gradients are of one point.
+    - Scores are torchvision's Inception v3's, or another classifier's: compare them with that of real images.
+    - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
+      results show only that. --quick has 20 times the learning rate and 50 times gamma.
 """
 
 import argparse
 import json
 import math
-import os
-import signal
 import sys
 import time
-import zlib
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -70,16 +67,20 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from common import DataError, draw_images, load_data, place_images, save_grid, to_float
+from common import draw_images, load_data, place_images, save_grid, to_float
 
+NAME = "vae_began"
 MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 12 (Section 4; BEGAN's)
     "vae-began": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began-lsm": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began": {"beta": 0.0, "gains": [1e-3, 0.0, 0.0]},
 }
-IMAGE_SIZES = (16, 32, 64, 128)
-QUICK = {"image_size": 16, "filters": 16, "steps": 1400, "lr": 1e-3, "gamma": 5.0}
-QUICK |= {"inception_samples": 0, "save_every": 500}
+BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # of each image size, BEGAN's
+FILTERS = {16: 64, 32: 64, 64: 64, 128: 128}  # n, BEGAN's
+BETAS = (0.9, 0.999)  # of Adam, its usual
+FREE = ("attribute", "classifier", "samples")  # what a resumed run may change, beside steps and intervals
+FILE = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
+QUICK = {"image_size": 16, "filters": 16, "steps": 1400, "lr": 1e-3, "gamma": 5.0, "save_every": 500}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -91,13 +92,13 @@ def conv(c_in, c_out, stride=1):
 
 
 class Encoder(nn.Sequential):
-    """Images [N, 3, S, S] -> [N, outputs]: blocks of n, 2n, 3n, ... channels, halved in between down to 8x8.
+    """Images [N, 3, S, S] in [-1, 1] -> [N, outputs]: blocks of n, 2n, 3n, ... channels, halved in between down to 8x8.
 
     E, with 2 Z outputs, means and log-variances; and the first half of D, with Z.
     """
 
     def __init__(self, image_size, filters, outputs):
-        blocks = image_size.bit_length() - 3  # R = log2(S) - 2
+        blocks = BLOCKS[image_size]
         layers = [conv(3, filters)]
         for i in range(1, blocks + 1):
             layers += [conv(max(i - 1, 1) * filters, i * filters), conv(i * filters, i * filters)]
@@ -113,7 +114,7 @@ class Decoder(nn.Sequential):
     """
 
     def __init__(self, image_size, filters, latent_dim):
-        blocks = image_size.bit_length() - 3
+        blocks = BLOCKS[image_size]
         layers = [nn.Linear(latent_dim, 64 * filters), nn.Unflatten(1, (filters, 8, 8))]
         for i in range(1, blocks + 1):
             layers += [conv(filters, filters), conv(filters, filters)]
@@ -136,9 +137,9 @@ class Discriminator(nn.Module):
 
 
 class Controller(nn.Module):
-    """Eq. 12: k, moved by the error of the balance with the gains l1 (integral), l2 (proportional), l3 (differential).
+    """Eq. 12: k_t from k_{t-1} and e_t, with the gains l1 (integral), l2 (proportional), l3 (differential).
 
-    k and the last two errors are scalar buffers: they live on the device, and in the checkpoint.
+    k, e_{t-1} (e_1) and e_{t-2} (e_2) are scalar buffers: they live on the device, and in the checkpoint.
     """
 
     def __init__(self, gains):
@@ -148,17 +149,19 @@ class Controller(nn.Module):
             self.register_buffer(name, torch.zeros(()))
 
     @torch.no_grad()
-    def update(self, e):
-        """Move k by e, Eq. 11's error of this iteration, a scalar tensor."""
-        l_1, l_2, l_3 = self.gains
-        change = l_1 * e + l_2 * (e - self.e_1) + l_3 * (e + self.e_2 - 2 * self.e_1)
-        self.k.add_(change).clamp_(0, 1)
+    def update(self, e_t):
+        """Move k by Eq. 11's error of this iteration, a scalar tensor."""
+        l1, l2, l3 = self.gains
+        self.k += l1 * e_t + l2 * (e_t - self.e_1) + l3 * (e_t + self.e_2 - 2 * self.e_1)  # Eq. 12
+        self.k.clamp_(0, 1)
         self.e_2.copy_(self.e_1)
-        self.e_1.copy_(e)
+        self.e_1.copy_(e_t)
 
 
 def build_networks(model, image_size, filters, latent_dim, gains):
-    """The networks of MODELS[model], E with two heads, mean and log-variance; and the controller."""
+    """G, D, for "vae-began" E of 2 Z outputs, and the controller. ValueError for a model or size that there is not."""
+    if model not in MODELS or image_size not in BLOCKS:
+        raise ValueError(f"model {model}, image_size {image_size}: must be of {list(MODELS)}, of {list(BLOCKS)}")
     nets = nn.ModuleDict({"G": Decoder(image_size, filters, latent_dim)})
     nets["D"] = Discriminator(image_size, filters, latent_dim)
     if model == "vae-began":
@@ -168,11 +171,6 @@ def build_networks(model, image_size, filters, latent_dim, gains):
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
-
-
-def pixel_loss(x_v, x):
-    """Eq. 2, L_e: |x - x_v|_1 / |x|, the mean over pixels. x_v, x: [N, 3, S, S]."""
-    return F.l1_loss(x_v, x)
 
 
 def kl_loss(mean, log_variance):
@@ -185,91 +183,66 @@ def reparameterise(mean, log_variance, epsilon):
     return mean + epsilon * (log_variance / 2).exp()
 
 
-def autoencoder_loss(x_prime, x):
-    """Eq. 7: |x - x'|_1 / |x|, the mean over pixels: L_d of real images x, L_g of x_g, L_v of x_v. [N, 3, S, S]."""
-    return F.l1_loss(x_prime, x)
-
-
-def similarity_loss(z_prime, z_d):
-    """Eq. 9, L_s: |z_d - z'|_1 / |z_d|, the mean over dimensions, of D's codes of real and fake images, [N, Z]."""
-    return F.l1_loss(z_prime, z_d)
-
-
 def fake_loss(L_g, L_v, alpha):
-    """Eq. 6: L_g + alpha L_v."""
+    """Eq. 6, and in Eq. 5, 10, 11, 13, 14: L_g + alpha L_v."""
     return L_g + alpha * L_v
 
 
-def balance(L_d, L_fake):
-    """Eq. 10: (L_g + alpha L_v) / L_d, which is eta in equilibrium. L_fake: fake_loss."""
-    return L_fake / L_d
+def balance(L_d, L_fake, eta):
+    """Eq. 10, which is eta in equilibrium, Eq. 11, and Section 3.4's convergence measure, by name. L_fake: Eq. 6."""
+    e_t = eta * L_d - L_fake  # Eq. 11: eta L_d - (L_g + alpha L_v)
+    return {"eta_measured": L_fake / L_d, "e_t": e_t, "convergence": L_d + e_t.abs()}  # Eq. 10
 
 
-def balance_error(L_d, L_fake, eta):
-    """Eq. 11, e_t: eta L_d - (L_g + alpha L_v). L_fake: fake_loss."""
-    return eta * L_d - L_fake
+def vae_began_losses(nets, weights, x, z_g, epsilon):
+    """Algorithm 1, one forward pass: images x [N, 3, S, S] in [-1, 1], z_g [M, Z], epsilon [N, Z] ~ N(0, I).
 
-
-def discriminator_loss(L_d, L_fake, k):
-    """Eq. 13 (Eq. 5 where k is 1), L_dis: L_d - k (L_g + alpha L_v). L_fake: fake_loss."""
-    return L_d - k * L_fake
-
-
-def decoder_loss(L_fake, L_s, L_e, beta, gamma):
-    """Eq. 14, L_gen: L_g + alpha L_v + beta L_s + gamma L_e. L_fake: fake_loss."""
-    return L_fake + beta * L_s + gamma * L_e
-
-
-def encoder_loss(L_n, L_s, L_e, beta, gamma):
-    """Eq. 15, L_enc: L_n + beta L_s + gamma L_e."""
-    return L_n + beta * L_s + gamma * L_e
-
-
-def convergence_measure(L_d, e):
-    """Section 3.4: L_d + |eta L_d - L_g - alpha L_v|. e: balance_error."""
-    return L_d + e.abs()
-
-
-def all_losses(nets, x, z_g, epsilon, alpha, beta, gamma, eta):
-    """Algorithm 1, one forward pass: images x [N, 3, S, S] in [-1, 1], noise z_g and epsilon [N, Z] -> {name: scalar}.
-
-    `L_enc`, `L_gen` and `L_dis` are for E, G and D to minimise; the others are their terms, k, Eq. 10 and 11, and the
-    convergence measure. Terms that a model lacks, without E or with beta 0 (no L_s), are left out, and count as 0.
+    Returns {name: scalar}: L_enc, L_gen and L_dis for E, G and D to minimise, their terms, k, and what balance gives.
+    weights: alpha, beta, gamma, eta by name.
     """
-    G, D, k = nets["G"], nets["D"], nets["controller"].k.clone()
-    terms = {}
-    if "E" in nets:
-        mean, log_variance = nets["E"](x).chunk(2, dim=1)
-        x_v, x_g = G(torch.cat([reparameterise(mean, log_variance, epsilon), z_g])).chunk(2)
-        terms["L_n"], terms["L_e"] = kl_loss(mean, log_variance), pixel_loss(x_v, x)
-        images = (x, x_g, x_v)
-    else:
-        images = (x, G(z_g))
-    x_prime, z_prime = (parts.chunk(len(images)) for parts in D(torch.cat(images)))
-    terms |= {name: autoencoder_loss(*pair) for name, *pair in zip(("L_d", "L_g", "L_v"), x_prime, images)}
-    if beta:
-        terms["L_s"] = similarity_loss(z_prime[-1], z_prime[0])
-    L_d, L_g, L_v, L_s, L_e = (terms.get(name, 0.0) for name in ("L_d", "L_g", "L_v", "L_s", "L_e"))
+    alpha, beta, gamma, k = weights["alpha"], weights["beta"], weights["gamma"], nets["controller"].k.clone()
+    mean, log_variance = nets["E"](x).chunk(2, dim=1)
+    z_v = reparameterise(mean, log_variance, epsilon)  # line 3
+    # What goes through a network goes at once, which is faster; no layer mixes images.
+    x_v, x_g = nets["G"](torch.cat([z_v, z_g])).split([len(x), len(z_g)])  # line 5
+    x_prime, z_prime = nets["D"](torch.cat([x, x_g, x_v]))  # lines 6, 9
+    x_prime_d, x_prime_g, x_prime_v = x_prime.split([len(x), len(z_g), len(x)])
+    z_d, _, z_prime_v = z_prime.split([len(x), len(z_g), len(x)])
+    L_e = F.l1_loss(x_v, x)  # line 7, Eq. 2
+    L_n = kl_loss(mean, log_variance)  # line 7, Eq. 3
+    L_s = F.l1_loss(z_prime_v, z_d)  # line 7, Eq. 9
+    L_d = F.l1_loss(x_prime_d, x)  # line 10, Eq. 7
+    L_g = F.l1_loss(x_prime_g, x_g)
+    L_v = F.l1_loss(x_prime_v, x_v)
     L_fake = fake_loss(L_g, L_v, alpha)
-    losses = {"L_gen": decoder_loss(L_fake, L_s, L_e, beta, gamma), "L_dis": discriminator_loss(L_d, L_fake, k)}
-    if "E" in nets:
-        losses["L_enc"] = encoder_loss(terms["L_n"], L_s, L_e, beta, gamma)
-    e = balance_error(L_d, L_fake, eta)
-    signals = {"k": k, "e": e, "balance": balance(L_d, L_fake), "convergence": convergence_measure(L_d, e)}
-    return {**losses, **terms, **signals}
+    L_enc = L_n + beta * L_s + gamma * L_e  # Eq. 15
+    L_gen = L_fake + beta * L_s + gamma * L_e  # Eq. 14
+    L_dis = L_d - k * L_fake  # Eq. 13, with k_{t-1}: line 12 comes after it in train_step
+    losses = {"L_enc": L_enc, "L_gen": L_gen, "L_dis": L_dis, "L_e": L_e, "L_n": L_n, "L_s": L_s}
+    return losses | {"L_d": L_d, "L_g": L_g, "L_v": L_v, "k": k} | balance(L_d, L_fake, weights["eta"])
+
+
+def began_losses(nets, weights, x, z_g, epsilon):
+    """BEGAN, and with a beta BEGAN* + LSM: without E, so L_s is of x and x_g. Otherwise as vae_began_losses."""
+    k, x_g = nets["controller"].k.clone(), nets["G"](z_g)
+    x_prime, z_prime = nets["D"](torch.cat([x, x_g]))
+    x_prime_d, x_prime_g = x_prime.split([len(x), len(z_g)])
+    L_d, L_g = F.l1_loss(x_prime_d, x), F.l1_loss(x_prime_g, x_g)  # Eq. 7
+    z_d, z_prime_g = z_prime.split([len(x), len(z_g)])
+    L_s = F.l1_loss(z_prime_g, z_d)  # Eq. 9
+    losses = {"L_gen": L_g + weights["beta"] * L_s, "L_dis": L_d - k * L_g}  # Eq. 14, Eq. 13
+    return losses | {"L_s": L_s, "L_d": L_d, "L_g": L_g, "k": k} | balance(L_d, L_g, weights["eta"])
+
+
+LOSSES = {"vae-began": vae_began_losses, "began-lsm": began_losses, "began": began_losses}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def build_optimizers(nets, lr):
-    """One Adam for each loss that is minimised, by the loss's name."""
-    players = {"L_enc": "E", "L_gen": "G", "L_dis": "D"}
-    return {
-        loss: torch.optim.Adam(nets[name].parameters(), lr, fused=True, capturable=True)
-        for loss, name in players.items()
-        if name in nets
-    }
+def build_optimizer(nets, lr):
+    """One Adam for all networks, since they all take their step at the same time."""
+    return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
 def draw_batch(images, latent_dim):
@@ -277,70 +250,33 @@ def draw_batch(images, latent_dim):
     return to_float(images), *torch.randn(2, len(images), latent_dim, device=images.device)
 
 
-def train_step(nets, optimizers, x, z_g, epsilon, **weights):
-    """One update of every network, all at the same point, then of k. Returns the losses there, as tensors."""
-    losses = all_losses(nets, x, z_g, epsilon, **weights)
-    for name, optimizer in optimizers.items():
-        optimizer.zero_grad()
-        losses[name].backward(inputs=optimizer.param_groups[0]["params"], retain_graph=True)
-    for optimizer in optimizers.values():
-        optimizer.step()
-    nets["controller"].update(losses["e"])
+def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
+    """One update of every network, all at the same point, then of k. Returns the losses before it, detached."""
+    losses = LOSSES[model](nets, weights, x, z_g, epsilon)
+    optimizer.zero_grad()
+    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
+    if "E" in nets:
+        losses["L_enc"].backward(inputs=list(nets["E"].parameters()), retain_graph=True)  # line 8: theta_e
+    losses["L_gen"].backward(inputs=list(nets["G"].parameters()), retain_graph=True)  # line 11: theta_d
+    losses["L_dis"].backward(inputs=list(nets["D"].parameters()))  # line 13: theta_e', theta_d'
+    optimizer.step()
+    nets["controller"].update(losses["e_t"])  # line 12
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(iterate, images, nets, optimizers):
-    """iterate(images) as a CUDA graph: a function that replays it and returns the same tensors, with new values.
+def record(step, batch):
+    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
+    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+    with torch.cuda.graph(graph):
+        losses = step(*batch)
 
-    images: uint8 [N, 3, S, S], some of the kind that will be given. What it takes to record leaves no trace: networks,
-    optimizers and random numbers are afterwards as they were before.
-    """
-
-    def state():
-        """The tensors that a step changes."""
-        moments = [moment for optimizer in optimizers.values() for moment in optimizer.state.values()]
-        return [*nets.parameters(), *nets.buffers(), *(tensor for moment in moments for tensor in moment.values())]
-
-    images, random = images.clone(), torch.cuda.get_rng_state(images.device)
-    before = {tensor: tensor.detach().clone() for tensor in state()}
-    with torch.cuda.device(images.device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their algorithms, Adam makes its moments
-                iterate(images)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            losses = iterate(images)
-    with torch.no_grad():
-        for tensor in state():
-            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-    torch.cuda.set_rng_state(random, images.device)
-
-    def replay(new_images):
-        """A step on other images."""
-        images.copy_(new_images)
+    def replay(*new_batch):
+        """A step on tensors of the same shapes."""
+        torch._foreach_copy_(batch, new_batch)
         graph.replay()
         return losses
 
     return replay
-
-
-def use_precision(nets, precision):
-    """Let CUDA compute products in float32 alone (fp32), or in TensorFloat-32 (tf32), here and in all of the process.
-
-    bf16: the networks compute under autocast, on any device, and return float32. Parameters and losses are float32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    networks = [net for net in nets.modules() if isinstance(net, Encoder | Decoder)]  # D's two, too
-    for net in networks if precision == "bf16" else ():
-        net.forward = partial(forward_in_bfloat16, net.forward)
-
-
-def forward_in_bfloat16(forward, *inputs):
-    """A network's forward under autocast. Inputs and output: tensors, float32."""
-    with torch.autocast(inputs[0].device.type, torch.bfloat16):
-        return forward(*inputs).float()
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -351,32 +287,19 @@ def encode(nets, x):
     return nets["E"](x).chunk(2, dim=1)[0]
 
 
-def save_samples(path, nets, z):
-    """Figures 2 and 3: G(z), ten a row. z: [N, Z]."""
-    save_grid(path, nets["G"](z))
-
-
-def save_reconstructions(path, nets, x):
-    """Pairs of images and what the VAE makes of them, (x, G(E(x))), five a row. x: [N, 3, S, S] in [-1, 1]."""
-    save_grid(path, x, nets["G"](encode(nets, x)), columns=5)
-
-
 def save_discriminations(path, nets, x, z):
-    """Figure 4: twice four rows of ten: fakes x_g, D's reconstructions of them, real x, D's reconstructions of them.
+    """Figure 4: rows of up to ten fakes x_g, D's reconstructions of them, real x, D's reconstructions of them; twice.
 
-    x: [20, 3, S, S] in [-1, 1], z: [20, Z].
+    x: [N, 3, S, S] in [-1, 1], z: [M, Z], M >= N.
     """
-    x_g = nets["G"](z)
-    rows = torch.stack([images.unflatten(0, (2, 10)) for images in (x_g, nets["D"](x_g)[0], x, nets["D"](x)[0])], dim=1)
-    save_grid(path, rows.flatten(0, 2))
+    columns = min(10, len(x))
+    x, x_g = x[: len(x) // columns * columns], nets["G"](z[: len(x) // columns * columns])
+    rows = [images.unflatten(0, (-1, columns)) for images in (x_g, nets["D"](x_g)[0], x, nets["D"](x)[0])]
+    save_grid(path, torch.stack(rows, dim=1).flatten(0, 2), columns=columns)
 
 
-def save_interpolations(path, nets, x, columns=8):
-    """Figure 6: five rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2.
-
-    x: images [10, 3, S, S] in [-1, 1].
-    """
-    x_1, x_2 = x[0::2], x[1::2]
+def save_interpolations(path, nets, x_1, x_2, columns=8):
+    """Figure 6: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (columns - 1))) for i in range(columns)]
     save_grid(path, torch.stack([x_1, *between, x_2], dim=1).flatten(0, 1), columns=columns + 2)
@@ -401,32 +324,31 @@ def save_arithmetic(path, nets, data, names, z, strengths=(-2, -1.5, -1, -0.5, 0
 
 
 @torch.no_grad()
-def save_figures(nets, data, z, out, step=None, attributes=()):
-    """Into the folder out: Figures 2, 4, 6 and 8; with a step only samples_<step>.png and reconstructions_<step>.png.
+def save_figures(nets, data, z, out, step, attributes=(), last=True):
+    """samples_<step>.png, Figures 2 and 3, reconstructions_<step>.png, (x, G(E(x))); if last also Figures 4, 6 and 8.
 
-    The images are the first held-out ones, the same in every run. z: latents [N, Z], of which 100 are shown.
-    attributes: those of Figure 8. Figures that need an encoder are left out where there is none.
+    data: of which up to 40 held-out images are shown. z: latents [N, Z], of which 100 are. The same in every run.
+    attributes: those of Figure 8. Without E there are only samples and Figure 4.
     """
-    x = to_float(data.heldout[torch.arange(40) % len(data.heldout)].to(z.device))
-    nets.eval()
-    save_samples(out / ("figure2_samples.png" if step is None else f"samples_{step}.png"), nets, z[:100])
-    if step is None:
-        save_discriminations(out / "figure4_discriminator.png", nets, x[:20], z[:20])
+    x = to_float(data.heldout[:40].to(z.device))
+    save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
+    if last:
+        save_discriminations(out / "figure4_discriminator.png", nets, x[:20], z)
     if "E" in nets:
-        save_reconstructions(out / f"reconstructions{'' if step is None else f'_{step}'}.png", nets, x)
-        if step is None:
-            save_interpolations(out / "figure6_interpolations.png", nets, x[:10])
-            if attributes:
-                save_arithmetic(out / "figure8_arithmetic.png", nets, data, attributes, z[: len(attributes)])
-    nets.train()
+        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](encode(nets, x)), columns=5)
+        if last:
+            save_interpolations(out / "figure6_interpolations.png", nets, x[: len(x) // 2 * 2][:10:2], x[1:10:2])
+        if last and attributes:
+            save_arithmetic(out / "figure8_arithmetic.png", nets, data, attributes, z[: len(attributes)])
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse.
+    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse; ours.
 
-    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1.
+    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1; None if the images are all the same.
     """
-    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
+    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
+    return a / b if b > 0 else None
 
 
 def inception_score(probabilities, splits=10):
@@ -440,167 +362,37 @@ def inception_score(probabilities, splits=10):
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 
-def inception_probabilities(inception, images):
-    """Inception v3's class probabilities [N, 1000] of images [N, 3, S, S] in [-1, 1] (clipped)."""
-    return inception(F.interpolate(images.clamp(-1, 1), (299, 299), mode="bilinear")).softmax(dim=1)
+class Inception(nn.Module):
+    """torchvision's Inception v3: images [N, 3, S, S] in [-1, 1] -> logits [N, 1000] and features [N, 2048].
+
+    The weights are from torchvision's cache or fetched by it; raises what it raises where it has neither.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
+        self.fc, self.net.fc = self.net.fc, nn.Identity()
+
+    def forward(self, x):
+        features = self.net(F.interpolate(x, (299, 299), mode="bilinear"))
+        return self.fc(features), features
 
 
-@torch.no_grad()
-def measure(nets, data, z, weights, inception=None, inception_samples=0):
-    """The figures of merit, on held-out images and latents z [N, Z]; None without encoder or inception."""
-    nets.eval()
-    G = nets["G"]
-    mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
-    results = dict.fromkeys(("heldout_l1", "heldout_l1_of_mean_image", "kl_nats"), 0.0)
-    for part in data.heldout.split(250):
-        x, share = to_float(part.to(z.device)), len(part) / len(data.heldout)
-        results["heldout_l1_of_mean_image"] += share * F.l1_loss(mean_image.expand_as(x), x).item()
-        if "E" in nets:
-            mean, log_variance = nets["E"](x).chunk(2, dim=1)
-            results["heldout_l1"] += share * F.l1_loss(G(mean), x).item()
-            results["kl_nats"] += share * z.shape[1] * kl_loss(mean, log_variance).item()
-    if "E" not in nets:
-        results["heldout_l1"] = results["kl_nats"] = None
-    x = to_float(data.heldout[: len(z)].to(z.device))
-    few = z[: min(64, len(x))]
-    losses = all_losses(nets, x[:64], few, few.flip(1), **weights)  # flipped, for an epsilon that is not z_g
-    results |= {"convergence_measure": losses["convergence"].item(), "balance": losses["balance"].item()}
-    results |= {"k": losses["k"].item(), "sample_diversity": sample_diversity(G(z), x)}
-    results |= dict.fromkeys(("inception_score", "inception_score_std", "inception_score_of_real"))
-    if inception:
-        print(f"Inception score of {inception_samples} images", flush=True)
-        noise = torch.randn(inception_samples, z.shape[1], generator=torch.Generator().manual_seed(1))
-        fakes = [inception_probabilities(inception, G(part.to(z.device))) for part in noise.split(100)]
-        reals = [
-            inception_probabilities(inception, to_float(part.to(z.device)))
-            for part in data.train[:inception_samples].split(100)
-        ]
-        results["inception_score"], results["inception_score_std"] = inception_score(torch.cat(fakes))
-        results["inception_score_of_real"], _ = inception_score(torch.cat(reals))
-    nets.train()
-    return results
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def fail(message):
-    """End the program with one line on the standard error and exit status 2."""
-    print(f"vae_began.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args(argv):
-    """The arguments, and the checkpoint of --out if they ask for it, else None."""
-    parser = argparse.ArgumentParser(
-        description="Adversarial training of variational auto-encoders (Khan, Hayat, Barnes 2018). Defaults are "
-        "the paper's (Section 4) and, where it names none, BEGAN's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = fail
-    add = parser.add_argument
-    quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-    gains = "l1, l2, l3 of Eq. 12 (Section 4; began: the first alone)"
-    add("--model", choices=MODELS, default="vae-began", help="the paper's model, or another row of Table 1")
-    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default="runs/vae_began", help="folder for pictures, log.csv, results.json, checkpoint.pt")
-    add("--resume", action="store_true", help="continue the run in --out, or with a larger --steps go further")
-    add("--eval", action="store_true", help="no training: figures and results of the run in --out")
-    add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
-    add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
-    add("--batch-size", type=int, default=16, help="images a step (BEGAN's)")
-    add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Figures 2, 3)")
-    add("--latent-dim", type=int, default=64, help="dimensions Z of the latents (BEGAN's)")
-    add("--filters", type=int, default=64, help="n, width of the networks (BEGAN's; 128 where --image-size is 128)")
-    add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), default=MODELS["vae-began"]["gains"], help=gains)
-    add("--alpha", type=float, default=0.3, help="weight of L_v (Section 4)")
-    add("--beta", type=float, default=0.1, help="weight of L_s (Section 4; began: 0)")
-    add("--gamma", type=float, default=0.1, help="weight of L_e (Section 4)")
-    add("--eta", type=float, default=0.5, help="set point of the balance (Section 4)")
-    add("--lr", type=float, default=5e-5, help="learning rate (Section 4)")
-    add("--attribute", nargs="+", metavar="NAME", help="those of Figure 8; not given: the five nearest to even")
-    add("--inception-samples", type=int, default=0, help="images in the Inception score; 50000 where --data is cifar10")
-    add("--inception-weights", help="torchvision's inception_v3_google-0cc3c7bd.pth; downloaded if not given")
-    add("--log-every", type=int, default=100, help="steps between lines of the log")
-    add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
-    add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--precision", choices=("bf16", "tf32", "fp32"), default="tf32", help="of products; on a CPU tf32 is fp32")
-    add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-
-    args, checkpoint = parser.parse_args(argv), None
-    path = Path(args.out, "checkpoint.pt")
-    if args.resume or args.eval:
-        checkpoint = load_checkpoint(path)
-        parser.set_defaults(**checkpoint["config"])
-    elif path.exists():
-        fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
-    else:
-        parser.set_defaults(**MODELS[args.model], filters=128 if args.image_size == 128 else 64)
-        parser.set_defaults(inception_samples=50_000 if args.data == "cifar10" else 0)
-        parser.set_defaults(**QUICK if args.quick else {})
-    args = parser.parse_args(argv)
-    check_args(args, checkpoint)
-    return args, checkpoint
-
-
-def check_args(args, checkpoint):
-    """Refuse arguments that cannot be, or that differ from those of the checkpoint's run, if there is one."""
-    for name, value in vars(args).items():
-        minimum = {int: 0 if name in ("seed", "inception_samples") else 1, float: 0}.get(type(value))
-        if minimum is not None and not minimum <= value < 2**63:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {minimum}")
-    if not all(0 <= gain < math.inf for gain in args.gains):
-        fail(f"--gains cannot be {' '.join(map(str, args.gains))}: they must be at least 0")
-    if 0 < args.inception_samples < 10:
-        fail(f"--inception-samples cannot be {args.inception_samples}: it must be 0 or at least 10")
-    free = {"data", "log_every", "save_every", "attribute", "inception_samples", "inception_weights"}
-    free |= set() if args.eval else {"steps"}
-    for name, value in checkpoint["config"].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in free:
-            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if checkpoint and not args.eval and args.steps < checkpoint["step"]:
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if args.graph and torch.device(args.device).type != "cuda":
-        fail(f"--graph needs CUDA, not --device {args.device}")
-
-
-def load_checkpoint(path):
-    """The checkpoint that train() saved, on the CPU."""
-    if not path.is_file():
-        fail(f"{path} does not exist: give the --out of a run, or leave out --resume and --eval")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == "vae_began":
-            return checkpoint
-    except Exception:  # torch.load raises many kinds on what is no checkpoint
-        pass
-    fail(f"{path} is not a checkpoint of vae_began.py: give another --out")
-
-
-def load_inception(path):
-    """Inception v3 with the weights in the file at path, or torchvision's if that is None; None if there is no way."""
-    name = "inception_v3_google-0cc3c7bd.pth"
-    try:
-        if path is None:
-            weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
-                check_hash=True, weights_only=True
-            )
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        net = torchvision.models.inception_v3(weights=None, init_weights=False)
-        net.load_state_dict(weights)
-    except Exception as error:  # the network, the disk and torch.load raise many kinds
-        if path is not None:
-            fail(f"{path} does not hold Inception v3's weights: give torchvision's {name}")
-        print(f"no Inception score: {name} cannot be downloaded ({error}); give it to --inception-weights", flush=True)
+def load_classifier(name, image_size):
+    """p(y|x) by --classifier, in evaluation mode, or None: images [N, 3, S, S] in [-1, 1] to (logits, features)."""
+    if name == "none":
         return None
-    return net.eval()
+    if name == "inception":
+        return Inception().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+        classifier = torch.jit.load(name, map_location="cpu").eval()
+    logits, features = classifier(torch.zeros(2, 3, image_size, image_size))
+    if not (len(logits) == len(features) == 2 and logits.ndim == features.ndim == 2 and features.shape[1] > 1):
+        raise ValueError(
+            f"it does not take images [N, 3, {image_size}, {image_size}] to logits [N, C], features [N, F]"
+        )
+    return classifier
 
 
 def choose_attributes(names, data):
@@ -608,118 +400,187 @@ def choose_attributes(names, data):
     shares = dict(zip(data.attributes, data.train_labels.float().mean(0).tolist()))
     for name in names or ():
         if not 0 < shares.get(name, 0) < 1:
-            fail(f"--attribute {name}: no training images with and without it; there are {', '.join(shares) or 'none'}")
+            raise ValueError(f"no training images with and without {name}; there are {', '.join(shares) or 'none'}")
     even = sorted((name for name in shares if 0 < shares[name] < 1), key=lambda name: abs(shares[name] - 0.5))
     return names or even[:5]
 
 
-def train(args, nets, optimizers, data, z, weights, run):
-    """The training loop, from run["step"] to args.steps. z: latents [N, Z] of the pictures."""
-    out, images = Path(args.out), place_images(data.train, z.device)
+@torch.no_grad()
+def measure(nets, data, z, model, weights, classifier=None, count=0):
+    """The figures of merit, on held-out images and latents z [N, Z]; None without encoder or classifier.
 
-    def save():
-        """Write a temporary file and rename it, so that checkpoint.pt is always whole."""
-        state = {"networks": nets.state_dict(), "optimizers": {k: v.state_dict() for k, v in optimizers.items()}}
-        state["random"] = {"cpu": torch.get_rng_state()}
-        if z.is_cuda:
-            state["random"]["cuda"] = torch.cuda.get_rng_state(z.device)
-        torch.save({"script": "vae_began", **run, **state}, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+    classifier: see load_classifier; count: how many samples, and how many training images, it judges, if there are.
+    """
+    G, device = nets["G"], z.device
+    mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(device)
+    results = dict.fromkeys(("heldout_l1", "heldout_l1_of_mean_image", "kl_nats"), 0.0)
+    for x in map(to_float, data.heldout.to(device).split(250)):
+        share = len(x) / len(data.heldout)
+        results["heldout_l1_of_mean_image"] += share * F.l1_loss(mean_image.expand_as(x), x).item()
+        if "E" in nets:
+            mean, log_variance = nets["E"](x).chunk(2, dim=1)
+            results["heldout_l1"] += share * F.l1_loss(G(mean), x).item()
+            results["kl_nats"] += share * z.shape[1] * kl_loss(mean, log_variance).item()
+    if "E" not in nets:
+        results["heldout_l1"] = results["kl_nats"] = None
+    x = to_float(data.heldout[: len(z)].to(device))
+    few = z[: min(64, len(x))]
+    losses = LOSSES[model](nets, weights, x[:64], few, few.flip(1))  # flipped, for an epsilon that is not z_g
+    results |= {"convergence_measure": losses["convergence"].item(), "eta_measured": losses["eta_measured"].item()}
+    results |= {"k": losses["k"].item(), "sample_diversity": sample_diversity(G(z), x)}
+    results |= dict.fromkeys(("inception_score", "inception_score_std", "inception_score_of_real"))
+    if classifier:
+        reals = data.train[:count]
+        noise = torch.randn(len(reals), z.shape[1], generator=torch.Generator().manual_seed(1))
+        p_g = [classifier(G(part.to(device)).clamp(-1, 1))[0].softmax(dim=1) for part in noise.split(100)]
+        p_x = [classifier(to_float(part.to(device)))[0].softmax(dim=1) for part in reals.split(100)]
+        results["inception_score"], results["inception_score_std"] = inception_score(torch.cat(p_g))
+        results["inception_score_of_real"], _ = inception_score(torch.cat(p_x))
+    return results
 
-    def iterate(drawn):
-        """One step on uint8 images."""
-        return train_step(nets, optimizers, *draw_batch(drawn, args.latent_dim), **weights)
 
-    if args.graph:
-        iterate = record(iterate, images[: args.batch_size].to(z.device), nets, optimizers)
-    if run["step"] == 0:
-        save()
-    log, stops = (out / "log.csv").open("a", buffering=1), []
-    run["log_size"] = min(run["log_size"], log.tell())
-    log.truncate(run["log_size"])  # without what a stopped run wrote after its last checkpoint
-    signal.signal(signal.SIGINT, lambda *_: stops.append(True))  # Ctrl-C ends the loop after the step under way
-    step, stop, last_step, last_time = run["step"], False, run["step"], time.perf_counter()
-    while step < args.steps and not stop:
-        losses = iterate(draw_images(images, args.batch_size, z.device))
-        step, stop = step + 1, bool(stops)
-        save_due = step % args.save_every == 0 or step == args.steps or stop
-        if not (save_due or step % args.log_every == 0 or step == 10):
-            continue
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))  # waits for the device
-        seconds = time.perf_counter() - last_time
-        broken = [f"loss {name}" for name, value in values.items() if not math.isfinite(value)]
-        broken += [f"weight {name}" for name, weight in nets.named_parameters() if not weight.isfinite().all()]
-        if broken:
-            fail(f"{broken[0]} is not finite by step {step}; {out}/checkpoint.pt holds the last good step")
-        left = timedelta(seconds=round((args.steps - step) * seconds / (step - last_step)))
-        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"step {step}  {terms}  {(step - last_step) / seconds:.1f} steps/s  {left} left", flush=True)
-        if step == 10 and left > timedelta(hours=1) and args.device == "cpu":
-            print("This is long for a CPU: --quick takes three minutes", flush=True)
-        if run["log_size"] == 0:
-            print("step", *values, sep=",", file=log)
-        print(step, *values.values(), sep=",", file=log)
-        run |= {"step": step, "seconds": run["seconds"] + seconds, "log_size": log.tell()}
-        if save_due:
-            save_figures(nets, data, z, out, step)
-            save()
-        last_step, last_time = step, time.perf_counter()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if stop:
-        print(f"stopped after step {step}: continue with --resume")
-        sys.exit(130)
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def fail(message):
+    """End the program with one line, the message's first, on the standard error and exit status 2."""
+    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv):
+    """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.error, add = fail, parser.add_argument
+    quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
+    add("--model", choices=MODELS, default="vae-began", help="the paper's model, or another row of Table 1")
+    add("--alpha", type=float, default=0.3, help="weight of L_v (Section 4)")
+    add("--beta", type=float, help="weight of L_s; not given: 0.1 (Section 4), 0 for --model began")
+    add("--gamma", type=float, default=0.1, help="weight of L_e (Section 4)")
+    add("--eta", type=float, default=0.5, help="set point of the balance (Section 4)")
+    gains = "l1, l2, l3 of Eq. 12; not given: 1e-3, 1e-5, 1e-5 (Section 4), the first alone for --model began"
+    add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), help=gains)
+    add("--attribute", nargs="+", metavar="NAME", help="those of Figure 8; not given: the five nearest to even")
+    files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
+    add("--classifier", default="none", help=files)
+    add("--samples", type=int, default=50_000, help="images in the Inception score, at most as many as to train on")
+    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
+    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
+    add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
+    add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
+    add("--batch-size", type=int, default=16, help="images a step (BEGAN's)")
+    add("--image-size", type=int, choices=BLOCKS, default=64, help="side of the images in pixels (Section 4)")
+    add("--latent-dim", type=int, default=64, help="dimensions Z of the latents (BEGAN's)")
+    add("--filters", type=int, default=64, help="n, width of the networks (BEGAN's; 128 where --image-size is 128)")
+    add("--lr", type=float, default=5e-5, help="learning rate (Section 4)")
+    add("--log-every", type=int, default=100, help="steps between lines of the log")
+    add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
+    add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
+    add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+
+    args, checkpoint = parser.parse_args(argv), None
+    path = Path(args.out, "checkpoint.pt")
+    if args.resume:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            parser.set_defaults(**checkpoint[NAME])
+        except Exception:  # torch.load raises many kinds on what is no checkpoint
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or leave out --resume")
+    elif path.exists():
+        fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
+    else:
+        parser.set_defaults(**MODELS[args.model], filters=FILTERS[args.image_size])
+        parser.set_defaults(**QUICK if args.quick else {})
+    args = parser.parse_args(argv)
+    for name, value in [*vars(args).items(), *(("gains", gain) for gain in args.gains)]:
+        least = {int: 10 if name == "samples" else 0 if name == "seed" else 1, float: 0}.get(type(value))
+        if least is not None and not least <= value <= 1e12:
+            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
+    for name, value in checkpoint[NAME].items() if checkpoint else ():
+        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every", *FREE):
+            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
+    if checkpoint and args.steps < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+    return args, checkpoint
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, device = Path(args.out), torch.device(args.device)
+    out = Path(args.out)
     try:
-        data = load_data(args.data, args.image_size)
-    except DataError as error:
-        fail(error)
-    if len(data.train) < args.batch_size:
-        fail(f"{args.data} has {len(data.train)} images to train on, fewer than --batch-size {args.batch_size}")
-    fingerprint = zlib.crc32(data.heldout.numpy(), zlib.crc32(data.train.numpy()))
-    if checkpoint and checkpoint["fingerprint"] != fingerprint:
-        fail(f"{args.data} does not hold the images that {out} was made with: give the same --data, or another --out")
-
-    attributes = choose_attributes(args.attribute, data)
-    inception = load_inception(args.inception_weights) if args.inception_samples else None
+        option = f"--device {args.device}"
+        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        if args.graph:
+            option += " with --graph"
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
+        option = f"--data {args.data}"
+        data = load_data(args.data, args.image_size, args.batch_size)
+        option = f"--attribute {args.attribute} with --model {args.model}"
+        attributes = choose_attributes(args.attribute, data) if args.model == "vae-began" or args.attribute else ()
+        option = f"--classifier {args.classifier}"
+        option += f", without {FILE} in {torch.hub.get_dir()}/checkpoints," if args.classifier == "inception" else ""
+        classifier = load_classifier(args.classifier, args.image_size)
+        option = f"--out {out}"
+        out.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # of many kinds
+        fail(f"{option} cannot be used: {error}")
 
     torch.manual_seed(args.seed)
-    sizes = args.image_size, args.filters, args.latent_dim
-    nets = build_networks(args.model, *sizes, args.gains).to(device)
-    use_precision(nets, args.precision)
-    optimizers = build_optimizers(nets, args.lr)
-    z = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0))  # the same in every run
-    z = z.to(device)
-    weights = {name: getattr(args, name) for name in ("alpha", "beta", "gamma", "eta")}
-    config = {
-        name: value for name, value in vars(args).items() if name not in ("out", "resume", "eval", "device", "graph")
-    }
-    run = {"step": 0, "seconds": 0.0, "log_size": 0, "fingerprint": fingerprint, "config": config}
+    torch.set_float32_matmul_precision("high")  # TF32
+    nets = build_networks(args.model, args.image_size, args.filters, args.latent_dim, args.gains).to(device)
+    optimizer = build_optimizer(nets, args.lr)
+    z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    begin, seconds, log = 0, 0.0, ""
     if checkpoint:
-        run |= {name: checkpoint[name] for name in ("step", "seconds", "log_size")}
+        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
         nets.load_state_dict(checkpoint["networks"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if z.is_cuda and "cuda" in checkpoint["random"]:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out} cannot be made: {error.strerror}")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random"][0])
+        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
     print(f"{args.model} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
-    if not args.eval:
-        train(args, nets, optimizers, data, z, weights, run)
 
-    save_figures(nets, data, z, out, attributes=attributes)
-    if "E" in nets and not attributes:
-        print(f"{args.data} has no attributes that some images have and some lack: no Figure 8")
-    results = measure(nets, data, z, weights, inception.to(device) if inception else None, args.inception_samples)
-    results |= {"steps": run["step"], "steps_per_second": run["step"] / max(run["seconds"], 1e-9), "config": config}
+    images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
+    last_step, start = begin, time.perf_counter()
+    for step in range(begin + 1, args.steps + 1):
+        batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim)
+        if args.graph and step == begin + 4:
+            step_on = record(step_on, batch)
+        losses = step_on(*batch)
+        save_due = step % args.save_every == 0 or step == args.steps
+        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+            continue
+        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+        for name in (name for name, value in values.items() if not math.isfinite(value)):
+            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        passed = time.perf_counter() - start
+        rate, seconds = (step - last_step) / passed, seconds + passed
+        left = timedelta(seconds=round((args.steps - step) / rate))
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
+        if step == 1 and left > timedelta(hours=1):
+            print("This is long for a CPU: --quick takes three minutes", flush=True)
+        log = log or ",".join(("step", *values)) + "\n"
+        log += ",".join(map(str, (step, *values.values()))) + "\n"
+        (out / "log.csv").write_text(log)
+        if save_due:
+            save_figures(nets, data, z_shown, out, step, last=False)
+            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
+            state["random"] += torch.cuda.get_rng_state_all()
+            torch.save(state, out / "checkpoint.tmp")
+            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
+        last_step, start = step, time.perf_counter()
+
+    save_figures(nets, data, z_shown, out, args.steps, attributes)
+    classifier = classifier.to(device) if classifier else None
+    results = measure(nets, data, z_shown, args.model, vars(args), classifier, args.samples)
+    results |= {"steps": args.steps, "steps_per_second": args.steps / max(seconds, 1e-9), "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         if isinstance(value, float):
@@ -730,5 +591,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
