@@ -100,13 +100,19 @@ def same_conv(c_in, c_out, kernel, stride=1):
     return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), nn.Conv2d(c_in, c_out, kernel, stride))
 
 
+def halvings(image_size):
+    """How often images of this size are halved to reach 4x4. ValueError for a size that the networks cannot have."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size {image_size}: must be one of {IMAGE_SIZES}")
+    return image_size.bit_length() - 3
+
+
 class Encoder(nn.Sequential):
     """E: images x [N, 3, S, S] in [-1, 1] -> latents z_hat [N, Z]."""
 
     def __init__(self, image_size, channels, outputs, kernel=4, leak=0.0):
         widths = [3] + [channels * w for w in (1, 1, 2, 2, 2, 4)]
-        halvings = image_size.bit_length() - 3  # to 4x4
-        strides = [2] * halvings + [1] * (6 - halvings)
+        strides = [2] * halvings(image_size) + [1] * (6 - halvings(image_size))
         layers = [AddNoise()]
         for c_in, c_out, stride in zip(widths, widths[1:], strides):
             conv = same_conv(c_in, c_out, kernel, stride)
@@ -145,7 +151,7 @@ class Generator(nn.Module):
 
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
-        doublings = image_size.bit_length() - 3  # from 4x4
+        doublings = halvings(image_size)
         self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
         self.trunk = nn.Sequential(nn.Linear(latent_dim, 16 * channels), ChannelNorm(16 * channels), nn.ReLU())
@@ -165,8 +171,8 @@ class Generator(nn.Module):
 
 def build_networks(model, image_size, channels, latent_dim):
     """The networks of MODELS[model] by the paper's names, in training mode; from one seed the same in all models."""
-    if model not in MODELS or image_size not in IMAGE_SIZES:
-        raise ValueError(f"model {model}, image_size {image_size}: must be of {list(MODELS)}, of {IMAGE_SIZES}")
+    if model not in MODELS:
+        raise ValueError(f"model {model}: must be one of {list(MODELS)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
     nets["D_x"] = ImageDiscriminator(image_size, channels)

@@ -33,16 +33,13 @@ Rulings, where the paper is silent or contradicts itself
     - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
       Algorithm 1 means Eq. 5. 16x16 and 32x32 images leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - Weights start from N(0, 0.02), and leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment decays with
-      0.999. Both stages take 50,000 steps. The BiGAN, which has one stage, takes all of them for it.
-    - Eq. 3 and 5 are means over dimensions or pixels, which Adam does not mind. Eq. 2 starts from z = 0, keeps z in
-      [-1, 1], and has its alpha, for the mean over pixels, and its number of steps as arguments.
+    - Weights start from N(0, 0.02), leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment decays with 0.999. Both
+      stages take 50,000 steps; the BiGAN, which has one stage, all of them.
+    - Eq. 3 and 5 are means over dimensions or pixels. Eq. 2 starts from z = 0 and keeps z in [-1, 1].
     - dHash: 9x8 grey pixels, 64 bits. pHash: the lowest 8x8 frequencies of 32x32 grey pixels, above their median or
       not. Colour histogram: 8x8x8 bins, compared by intersection.
-    - The gallery is the first 20,000 images to train on. Figure 3's changes are a turn of the hue by a tenth with half
-      the saturation, sunglasses at the eyes of a centred face, and, ours, Gaussian blur of 1/16 of the side, as in
-      Figure 5, and the middle 0.9 of it. Scored on up to 256 images: how often the original comes first; where several
-      are nearest, its share. Figure 3 shows 16 queries, Figure 4 64, each with one result a method.
+    - Figure 3's changes: change_images. They are scored on up to 256 images: how often the original comes first; where
+      several are nearest, its share. Figure 3 shows 16 queries, Figure 4 64, each with one result a method.
 Departures
     - G minimises -log D(G(z)), as DCGAN does; G and IG of the BiGAN have labels swapped, as in BiGAN's code.
     - D and G step at once (in DCGAN D first); D(x) and D(G(z)) are normalised each by its own batch, as there. The two
@@ -198,7 +195,7 @@ def gan_losses(nets, x, z):
 
 
 def aegan_losses(nets, _, z):
-    """AEGAN, Algorithm 1: latents z [N, Z] in [-1, 1] -> {"L_IG": scalar} for IG to minimise. Real images are not used."""
+    """AEGAN, Algorithm 1: latents z [N, Z] in [-1, 1] -> L_IG for IG to minimise. Real images are not used."""
     with torch.no_grad():
         x = generate(nets["G"], z)  # step 1
     z_prime = nets["IG"](x)  # step 2, Eq. 6: z'
@@ -214,7 +211,7 @@ def direct_losses(nets, _, z):
 
 
 def bigan_losses(nets, x, z):
-    """The BiGAN, Eq. 1: images x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG to minimise."""
+    """The BiGAN, Eq. 1: images x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG."""
     images, latents = torch.cat([x, generate(nets["G"], z)]), torch.cat([nets["IG"](x), z])
     d_q, d_p = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)) and (G(z), z): one batch norm
     return {"L_D": discriminator_loss(d_q, d_p), "L_G": discriminator_loss(-d_q, -d_p)}  # labels swapped

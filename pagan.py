@@ -12,39 +12,32 @@ shows, but not at the same pixels. D(x) matches G's samples to the images, and D
     python pagan.py --data cifar10 --reconstruction l1 --out runs/cifar_l1  # a row of the ablation study
 
 slides -> code
-    Algorithm 1                  x_pr = G(z), z_hat ~ q(z|x), x_rec = G(z_hat), x_aug = a(x); theta of G, phi of E, psi of
-                                 D_x, zeta of D_z, tau of D_xx: pagan_losses, train_step
-    PAGAN Diagram                Generator, Encoder, ImageDiscriminator (D_x of x, D_xx of x, y), LatentDiscriminator
-    Objectives                   minus_log and minus_log_not, of D's logits; in pagan_losses
-    Conditional Distributions    q(z|x): reparameterise; r(y|x): augment
-    Augmentation Function        blur, contrast, crop; figure: save_augmentations
-    Reconstruction Loss          L1: pagan_l1_losses, --reconstruction l1
-    Drawbacks (table)            measure: l1_of_blur, l2_of_crop, ...
-    Samples, Reconstructions     save_figures
-    Inception Score, FID         inception_score, frechet_inception_distance
-    RID, RID Results             reconstruction_inception_dissimilarity
-    Ablation Study               --reconstruction l1; --augmentation none
-    Choice of Augmentation       --augmentation, --crop
-    GAN Drawbacks                mode collapse: sample_diversity, ours
+    Algorithm 1                x_pr = G(z), z_hat ~ q(z|x), x_rec = G(z_hat), x_aug = a(x): pagan_losses, train_step;
+                               theta of G, phi of E, psi of D_x, zeta of D_z, tau of D_xx
+    PAGAN Diagram              Generator, Encoder, ImageDiscriminator (D_x of x, D_xx of x, y), LatentDiscriminator
+    Objectives                 minus_log, minus_log_not; in pagan_losses
+    Conditional Distributions  q(z|x): reparameterise; r(y|x): augment
+    Augmentation Function      blur, contrast, crop; figure: save_augmentations
+    Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1
+    Drawbacks (table)          measure: l1_of_blur, l2_of_crop, ...
+    Samples, Reconstructions   save_figures
+    Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
+    Ablation Study             --reconstruction l1; --augmentation none
+    Choice of Augmentation     --augmentation, --crop
+    GAN Drawbacks              mode collapse: sample_diversity, ours
 
 Rulings, where the slides are silent or disagree with themselves
     - Networks and settings are ours. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage
-      less or more for 16x16 and 64x64; D_xx takes both images as six channels. E mirrors G and gives a diagonal Gaussian;
-      D_z has two hidden layers. 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999; 100,000 steps.
-    - Crop: padded by its own reflection, by 0.1 of the side in whole pixels: of the slides' five that has the best FID
-      and Inception score. Blur: a standard deviation of 1/64 to 3/64 of the side. Contrast: deviations from the mean
-      grey times 0.5 to 1.5.
-    - PAGAN-L1's loss is the mean over pixels, not its square as printed, times 10.
-    - NOAUG and crop 0 have other numbers in the slides; here they are one setting. So have FID and RID of PAGAN itself.
-    - In figures and results z_hat is the mean of q(z|x).
-    - FID is of the held-out images and --samples samples, RID of the held-out images and their reconstructions; the
-      Inception score is of --samples samples, that of real images of as many to train on, if there are. The slides do
-      not say which network judges: here --classifier, so compare numbers among themselves. RID has no spread here.
-    - RMSE is of pixels in 0..255, L1 and L2 are of [-1, 1]; the slides give no units. The two perceptual rows of
-      Drawbacks need VGG's weights and are left out.
+      less or more for 16x16 and 64x64; D_xx takes both images as six channels. E mirrors G and gives a diagonal
+      Gaussian; D_z has two hidden layers. 128 latents from N(0, I), 64 images, Adam's 2e-4, 0.5, 0.999; 100,000 steps.
+    - Crop: padded by its own reflection, by 0.1 of the side, the slides' best, in whole pixels. Blur and contrast: BLUR
+      and CONTRAST, below.
+    - NOAUG and crop 0 have other numbers in the slides; here they are one setting. PAGAN's own FID and RID differ, too.
+    - In figures and results z_hat is the mean of q(z|x). Which network judges is not said: --classifier.
 Departures
-    - The five updates are Adam's, not plain gradient steps, all from gradients at one point as printed. x_pr and x_rec
-      go through G together, so that one batch normalisation serves both.
+    - PAGAN-L1's loss is the mean over pixels, not its square as printed, times 10.
+    - The five updates are Adam's, not plain gradient steps. x_pr and x_rec go through G together, so that one batch
+      normalisation serves both.
     - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
       results show only that. --quick crops by 0.06, one pixel, and has 1.5 times the learning rate.
 """
@@ -115,7 +108,7 @@ class Encoder(nn.Sequential):
 
 
 class ImageDiscriminator(nn.Sequential):
-    """D_x and D_xx, D(x) and D(x, y): one or two images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
+    """D_x and D_xx: one or two images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
 
     def __init__(self, image_size, channels, images):
         widths = conv_widths(image_size, channels)
@@ -169,7 +162,7 @@ def crop(x, u, p):
     return padded[i, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
 
-def blur(x, u):
+def blur(x, u, p=None):
     """Gaussian blur. x: [N, 3, S, S]. u: [N, 2] in [0, 1), the first for the standard deviation. [N, 3, S, S]."""
     count, channels, size, _ = x.shape
     radius = math.ceil(3 * BLUR[1] * size)
@@ -181,15 +174,14 @@ def blur(x, u):
     return F.conv2d(planes, kernels.mT, groups=count * channels).view_as(x)
 
 
-def contrast(x, u):
+def contrast(x, u, p=None):
     """Contrast: deviations from each image's mean grey times a factor, clipped. x: [N, 3, S, S], u: [N, 2]."""
     mean = x.mean((1, 2, 3), keepdim=True)
     factor = CONTRAST[0] + (CONTRAST[1] - CONTRAST[0]) * u[:, :1, None, None]
     return (mean + factor * (x - mean)).clamp(-1, 1)
 
 
-AUGMENTATIONS = {"crop": crop, "blur": lambda x, u, p: blur(x, u), "contrast": lambda x, u, p: contrast(x, u)}
-AUGMENTATIONS["none"] = lambda x, u, p: x
+AUGMENTATIONS = {"crop": crop, "blur": blur, "contrast": contrast, "none": lambda x, u, p: x}
 
 
 def augment(x, u, kind, p):

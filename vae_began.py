@@ -17,7 +17,7 @@ paper -> code
     Eq. 2, 7, 9  L_e; L_d, L_g, L_v; L_s              vae_began_losses
     Eq. 3        KL loss of the VAE, L_n              kl_loss
     Eq. 4        reparameterisation                   reparameterise
-    Eq. 5, 6     the losses without k, beta, gamma    fake_loss; then Eq. 13, 14
+    Eq. 5, 6     the losses without k, beta, gamma    fake_loss; Eq. 13, 14
     Eq. 8        the discriminator's output           Discriminator
     Eq. 10, 11   measured eta; error e_t              balance
     Eq. 12       PID controller                       Controller
@@ -34,20 +34,19 @@ Rulings, where the paper is silent or contradicts itself
     - Eq. 7 prints L_g as |x - x_g'|, but x_g has no partner x: |x_g - x_g'|, as in L_v and in BEGAN. Eq. 11 prints
       - L_g + alpha L_v: - (L_g + alpha L_v), as in Eq. 10 and in the convergence measure.
     - Eq. 10 measures eta, here in one batch; in Eq. 11 it is the constant 0.5.
-    - sigma_v, "variance" beside Eq. 4, is used as a deviation; E gives a log-variance. |.| is said to be the latent
-      space's beside Eq. 2, and is the number of elements. The prior "from [0, 1]" of Section 4 is N(0, I), as in Eq. 3.
-    - k and the two errors before the first are 0 at the start; k is kept in [0, 1], as in BEGAN. l1 is "proportional" in
-      Section 3.4's words on BEGAN, and integral in Eq. 12.
+    - sigma_v, "variance" beside Eq. 4, is used as a deviation; E gives a log-variance. |.|, "the latent space's" beside
+      Eq. 2, is the number of elements. The prior "from [0, 1]" of Section 4 is N(0, I), as in Eq. 3.
+    - k and the two errors before the first start at 0, and k is kept in [0, 1], as in BEGAN. l1, "proportional" in
+      Section 3.4's words on BEGAN, is the integral gain of Eq. 12.
     - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128: log2(S) - 2 pairs of
-      convolutions (the paper's "three" are those of 32x32), i n channels in the encoder's i-th, n in the decoder's. So
-      encoder and decoder do not have equally many parameters, as Section 4 says (3.45 and 0.56 million at 64x64).
-    - Of the codes of real images the means are taken. Figure 8's are of training images, and its attributes, unless
-      named, the five that are nearest to even. Figure 6's caption has generated images; its text real ones: the text.
+      convolutions, i n channels in the encoder's i-th, n in the decoder's. So the two do not have equally many
+      parameters, as Section 4 says (3.45 and 0.56 million at 64x64).
+    - Of the codes of real images the means are taken, in Figure 8 of training images. Figure 6 is of real images, as in
+      its text, not of generated ones, as in its caption.
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
     - BEGAN's z is uniform; here it is N(0, I) in all three models. "BEGAN* + LSM" has an L_s of x and x_g.
     - Algorithm 1 updates E, G, k and D in turn, from one forward pass; here all gradients are of one point.
-    - Scores are torchvision's Inception v3's, or another classifier's: compare them with that of real images.
     - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
       results show only that. --quick has 20 times the learning rate and 50 times gamma.
 """
@@ -75,8 +74,7 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
     "began-lsm": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began": {"beta": 0.0, "gains": [1e-3, 0.0, 0.0]},
 }
-BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # of each image size, BEGAN's
-FILTERS = {16: 64, 32: 64, 64: 64, 128: 128}  # n, BEGAN's
+IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # and the n of each, BEGAN's
 BETAS = (0.9, 0.999)  # of Adam, its usual
 FREE = ("attribute", "classifier", "samples")  # what a resumed run may change, beside steps and intervals
 FILE = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
@@ -91,6 +89,13 @@ def conv(c_in, c_out, stride=1):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.ELU())
 
 
+def blocks_of(image_size):
+    """R, the pairs of convolutions in a network: log2(S) - 2. ValueError for a size that the networks cannot have."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size {image_size}: must be one of {list(IMAGE_SIZES)}")
+    return image_size.bit_length() - 3
+
+
 class Encoder(nn.Sequential):
     """Images [N, 3, S, S] in [-1, 1] -> [N, outputs]: blocks of n, 2n, 3n, ... channels, halved in between down to 8x8.
 
@@ -98,7 +103,7 @@ class Encoder(nn.Sequential):
     """
 
     def __init__(self, image_size, filters, outputs):
-        blocks = BLOCKS[image_size]
+        blocks = blocks_of(image_size)
         layers = [conv(3, filters)]
         for i in range(1, blocks + 1):
             layers += [conv(max(i - 1, 1) * filters, i * filters), conv(i * filters, i * filters)]
@@ -114,7 +119,7 @@ class Decoder(nn.Sequential):
     """
 
     def __init__(self, image_size, filters, latent_dim):
-        blocks = BLOCKS[image_size]
+        blocks = blocks_of(image_size)
         layers = [nn.Linear(latent_dim, 64 * filters), nn.Unflatten(1, (filters, 8, 8))]
         for i in range(1, blocks + 1):
             layers += [conv(filters, filters), conv(filters, filters)]
@@ -160,8 +165,8 @@ class Controller(nn.Module):
 
 def build_networks(model, image_size, filters, latent_dim, gains):
     """G, D, for "vae-began" E of 2 Z outputs, and the controller. ValueError for a model or size that there is not."""
-    if model not in MODELS or image_size not in BLOCKS:
-        raise ValueError(f"model {model}, image_size {image_size}: must be of {list(MODELS)}, of {list(BLOCKS)}")
+    if model not in MODELS:
+        raise ValueError(f"model {model}: must be one of {list(MODELS)}")
     nets = nn.ModuleDict({"G": Decoder(image_size, filters, latent_dim)})
     nets["D"] = Discriminator(image_size, filters, latent_dim)
     if model == "vae-began":
@@ -472,7 +477,7 @@ def parse_args(argv):
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
     add("--batch-size", type=int, default=16, help="images a step (BEGAN's)")
-    add("--image-size", type=int, choices=BLOCKS, default=64, help="side of the images in pixels (Section 4)")
+    add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 4)")
     add("--latent-dim", type=int, default=64, help="dimensions Z of the latents (BEGAN's)")
     add("--filters", type=int, default=64, help="n, width of the networks (BEGAN's; 128 where --image-size is 128)")
     add("--lr", type=float, default=5e-5, help="learning rate (Section 4)")
@@ -493,13 +498,15 @@ def parse_args(argv):
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     else:
-        parser.set_defaults(**MODELS[args.model], filters=FILTERS[args.image_size])
+        parser.set_defaults(**MODELS[args.model], filters=IMAGE_SIZES[args.image_size])
         parser.set_defaults(**QUICK if args.quick else {})
     args = parser.parse_args(argv)
     for name, value in [*vars(args).items(), *(("gains", gain) for gain in args.gains)]:
         least = {int: 10 if name == "samples" else 0 if name == "seed" else 1, float: 0}.get(type(value))
         if least is not None and not least <= value <= 1e12:
             fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
+    if args.attribute and args.model != "vae-began":
+        fail("--attribute is for Figure 8, which needs the encoder of --model vae-began")
     for name, value in checkpoint[NAME].items() if checkpoint else ():
         if getattr(args, name) != value and name not in ("steps", "log_every", "save_every", *FREE):
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
@@ -520,8 +527,8 @@ def main(argv=None):
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
         option = f"--data {args.data}"
         data = load_data(args.data, args.image_size, args.batch_size)
-        option = f"--attribute {args.attribute} with --model {args.model}"
-        attributes = choose_attributes(args.attribute, data) if args.model == "vae-began" or args.attribute else ()
+        option = "--attribute"
+        attributes = choose_attributes(args.attribute, data)
         option = f"--classifier {args.classifier}"
         option += f", without {FILE} in {torch.hub.get_dir()}/checkpoints," if args.classifier == "inception" else ""
         classifier = load_classifier(args.classifier, args.image_size)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -7,22 +8,21 @@ import pytest
 import torch
 from conftest import ROOT, graphs_on_the_cpu
 
-import inverse_gen
-
 
 @pytest.mark.parametrize("task", benchmark.TASKS)
 def test_the_plain_loop_updates_what_the_script_updates(task):
-    args, nets, optimizers, step, plain_step = benchmark.build(task, torch.device("cpu"))
+    args, nets, step, options, plain_step = benchmark.build(task, torch.device("cpu"))
     images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    batch = importlib.import_module(task.split()[0]).draw_batch(images, *options)
 
-    def changed(function, argument):
+    def changed(function, *arguments):
         before = {name: parameter.clone() for name, parameter in nets.named_parameters()}
-        function(argument)
+        function(*arguments)
         return {name for name, parameter in nets.named_parameters() if not torch.equal(before[name], parameter)}
 
-    by_script = changed(step, images)
+    by_script = changed(step, *batch)
     x = torch.rand(args.batch_size, 3, args.image_size, args.image_size)
-    by_plain = changed(lambda x: plain_step(x, benchmark.plain_optimizers(optimizers)), x)
+    by_plain = changed(plain_step, x)
     assert by_plain == by_script and len(by_script) > 7
 
 
@@ -37,8 +37,7 @@ def test_it_prints_a_table_and_writes_json(tmp_path):
         assert row["ratio"] == pytest.approx(row["script"] / row["plain"]) and row["operations_per_step"] > 1e8
 
 
-def test_a_recorded_step_in_lower_precision_is_measured_too(tmp_path, monkeypatch):
-    graphs = graphs_on_the_cpu(inverse_gen, monkeypatch)
-    row = benchmark.measure("inverse_gen gan", torch.device("cpu"), tmp_path, 1, 0.01, "bf16", True)
-    assert graphs[0].replays > 2 and (row["precision"], row["graph"]) == ("bf16", True)
-    assert row["script"] > 0 and row["plain"] > 0 and row["operations_per_step"] > 1e8
+def test_a_recorded_step_is_measured_too(tmp_path, monkeypatch):
+    graphs = graphs_on_the_cpu(monkeypatch)
+    row = benchmark.measure("inverse_gen gan", torch.device("cpu"), tmp_path, 1, 0.01, True)
+    assert graphs[0].replays > 2 and row["graph"] and row["script"] > 0 and row["plain"] > 0

@@ -7,25 +7,56 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TINY, assert_refused, assert_same, files, load, log_of, refuse_reading_back, run_as_a_user
+from conftest import TINY, adam_by_hand, assert_refused, assert_same, files, load, log_of
+from conftest import refuse_reading_back, run_as_a_user
 from torch import nn
+from torch.autograd import gradcheck
 
 import bigan_latent
-from common import Data, draw_faces, to_float
+from common import Data, draw_faces, load_data, to_float
 
-SMALL = [*TINY, "--unroll", 1]
-WEIGHTS = {"L_GAN": 1.0, "L_AD": 2.5, "L_AE": 0.7, "L_H": 0.0}
+ALEXNET = torchvision.models.alexnet
+EX7 = {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 0.0}
+ALL = {"lambda_1": 2.5, "lambda_2": 0.7, "lambda_3": 1.9}
 
 
-def tiny(seed=0, **options):
-    """Small networks in float64 with weights that let every gradient be seen, D's optimizer, and a batch x, z."""
-    torch.manual_seed(seed)
+def uniform(*shape):
+    """Random numbers from -1 to 1 in float64."""
+    return torch.rand(shape, dtype=torch.double) * 2 - 1
+
+
+def tiny(steps=0, **options):
+    """Small networks in float64 with weights that let every gradient be seen, and their optimizer; after some steps
+    batch norm and the optimizer have a state. Four images, three latents."""
+    torch.manual_seed(0)
     nets = bigan_latent.build_networks(**{"image_size": 16, "channels": 2, "latent_dim": 5, **options}).double()
-    for name in ("G", "E", "D"):
-        for parameter in nets[name].parameters():
-            nn.init.normal_(parameter, std=0.3)
-    optimizers = bigan_latent.build_optimizers(nets, 2e-2)
-    return nets, optimizers, torch.rand(4, 3, 16, 16).double() * 2 - 1, torch.rand(4, 5).double() * 2 - 1
+    for parameter in nets.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    optimizer = bigan_latent.build_optimizer(nets, 2e-2)
+    x, z = uniform(4, 3, *2 * [options.get("image_size", 16)]), uniform(3, 5)
+    for _ in range(steps):
+        bigan_latent.train_step(nets, optimizer, None, {**ALL, "lambda_3": 0}, 0, x, z)
+    return nets, optimizer, x, z
+
+
+def features():
+    """A small stand-in for H."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 11), nn.Tanh()).double().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def untrained_alexnet():
+    torch.manual_seed(0)
+    return ALEXNET()
+
+
+@pytest.fixture
+def asked(monkeypatch, untrained_alexnet):
+    """From now on torchvision gives an untrained AlexNet; the list of the weights that it was asked for."""
+    asked = []
+    monkeypatch.setattr(torchvision.models, "alexnet", lambda weights: asked.append(weights) or untrained_alexnet)
+    return asked
 
 
 def sigmoid(x):
@@ -36,16 +67,6 @@ def huber(t):
     return 0.05 * (np.sqrt(1 + (t / 0.05) ** 2) - 1)
 
 
-@pytest.fixture(scope="module")
-def alexnet_file(tmp_path_factory):
-    """A file like torchvision's of AlexNet's weights, but with random ones."""
-    torch.manual_seed(0)
-    weights = torchvision.models.alexnet().features.state_dict()
-    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
-    torch.save({"classifier.1.bias": torch.zeros(3)} | {f"features.{k}": w for k, w in weights.items()}, path)
-    return path
-
-
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
@@ -54,8 +75,16 @@ def alexnet_file(tmp_path_factory):
 def test_shapes_and_ranges(size, stochastic):
     nets = bigan_latent.build_networks(size, 2, 7, stochastic)
     x, z = torch.randn(3, 3, size, size), torch.randn(3, 7)
-    assert nets["G"](z).shape == (3, 3, size, size) and nets["G"](100 * z).abs().max() <= 1
+    assert nets["G"](z).shape == x.shape and nets["G"](100 * z).abs().max() <= 1
     assert nets["E"](x).shape == (3, 7) and nets["D"](x, z).shape == (3, 1) and set(nets) == {"G", "E", "D"}
+    assert nets.training
+
+
+@pytest.mark.parametrize("name", ["Generator", "Encoder", "Discriminator", "build_networks"])
+def test_sizes_that_the_networks_cannot_have_are_refused(name):
+    for size in (8, 48, 128):
+        with pytest.raises(ValueError, match=f"{size}.*64"):
+            getattr(bigan_latent, name)(size, 2, 5)
 
 
 def test_weights_of_the_paper_s_sizes_counted_by_hand():
@@ -63,77 +92,75 @@ def test_weights_of_the_paper_s_sizes_counted_by_hand():
     g = 100 * 512 * 16 + 2 * (512 + 256 + 128 + 64) + 16 * (512 * 256 + 256 * 128 + 128 * 64) + (64 * 3 * 16 + 3)
     e = convs + (512 * 16 * 100 + 100)
     d = convs + (100 * 512 + 512) + ((512 * 16 + 512) * 128 + 128) + (128 + 1)
-    nets = bigan_latent.build_networks(64, 64, 100)
-    assert {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()} == {"G": g, "E": e, "D": d}
-    stochastic = bigan_latent.build_networks(64, 64, 100, stochastic=True)["E"]
-    assert sum(p.numel() for p in stochastic.parameters()) == e + 512 * 16 * 100 + 100
+    for stochastic, more in ((False, 0), (True, 512 * 16 * 100 + 100)):
+        nets = bigan_latent.build_networks(64, 64, 100, stochastic)
+        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+        assert counts == {"G": g, "E": e + more, "D": d}
 
 
 def leaky(h):
     return torch.where(h > 0, h, 0.2 * h)
 
 
-def batch_norm(h, layer):
-    """Batch norm by the statistics of h, with the weights of the given layer."""
+def batch_norm(h, gain, shift):
+    """Batch norm by the statistics of h."""
     h = (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
-    return h * layer.weight[:, None, None] + layer.bias[:, None, None]
+    return h * gain[:, None, None] + shift[:, None, None]
 
 
-def conv_stack(layers, x):
-    """conv, leaky ReLU, then conv, batch norm, leaky ReLU until 4x4, from the weights of the given layers."""
-    convs = [m for m in layers if isinstance(m, nn.Conv2d)]
-    norms = [None] + [m for m in layers if isinstance(m, nn.BatchNorm2d)]
-    for conv, norm in zip(convs, norms, strict=True):
-        x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
-        x = leaky(batch_norm(x, norm) if norm else x)
+def convolve(weights, x):
+    """What E and D share: conv, leaky ReLU, then conv, batch norm, leaky ReLU until 4x4."""
+    first, bias, *rest = weights
+    x = leaky(F.conv2d(x, first, bias, stride=2, padding=1))
+    for kernel, gain, shift in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        x = leaky(batch_norm(F.conv2d(x, kernel, stride=2, padding=1), gain, shift))
     assert x.shape[2:] == (4, 4)
     return x.flatten(1)
 
 
+def discriminate(weights, x, z):
+    """D with the given weights, without dropout."""
+    *convs, dense_z, bias_z, dense, bias, logit, bias_logit = weights
+    h = torch.cat([convolve(convs, x), leaky(F.linear(z, dense_z, bias_z))], 1)
+    return F.linear(leaky(F.linear(h, dense, bias)), logit, bias_logit)
+
+
+def encode(E, x):
+    """E in training: a sample of the Gaussian if it is stochastic."""
+    h, noise = E.layers(x), torch.randn(len(x), 5, dtype=torch.double) if E.stochastic else 0
+    return h[:, :5] + h[:, 5:].exp() ** 0.5 * noise if E.stochastic else h
+
+
 def test_the_generator_layer_by_layer():
-    torch.manual_seed(0)
-    net, z = bigan_latent.Generator(32, 2, 5).double(), torch.randn(4, 5).double()
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    dense, *convs = [m for m in net if isinstance(m, nn.Linear | nn.ConvTranspose2d)]
-    norms = [m for m in net if isinstance(m, nn.BatchNorm2d)]
-    h = (z @ dense.weight.T).view(4, 8, 4, 4)
-    for conv, norm in zip(convs, norms, strict=True):
-        h = F.conv_transpose2d(batch_norm(h, norm).relu(), conv.weight, conv.bias, stride=2, padding=1)
-    assert len(convs) == 3 and h.abs().max() > 0.9
-    torch.testing.assert_close(net(z), h.tanh())
+    nets, _, _, z = tiny(image_size=32)
+    dense, gain, shift, *rest, bias = nets["G"].parameters()
+    h = batch_norm((z @ dense.T).view(3, 8, 4, 4), gain, shift).relu()
+    for kernel, gain, shift in zip(rest[:-1:3], rest[1::3], rest[2::3], strict=True):
+        h = batch_norm(F.conv_transpose2d(h, kernel, stride=2, padding=1), gain, shift).relu()
+    h = F.conv_transpose2d(h, rest[-1], bias, stride=2, padding=1)
+    assert h.shape == (3, 3, 32, 32) and h.std() > 0.1
+    torch.testing.assert_close(nets["G"](z), h.tanh())
 
 
 @pytest.mark.parametrize("size", [16, 64])
-def test_the_encoder_layer_by_layer(size):
-    nets, _, _, _ = tiny(image_size=size)
-    net, x = nets["E"], torch.randn(4, 3, size, size).double()
-    expected = F.linear(conv_stack(net.layers[0], x), net.layers[1].weight, net.layers[1].bias)
-    torch.testing.assert_close(net(x), expected)
+def test_the_encoder_and_the_discriminator_layer_by_layer(size):
+    nets, _, x, z = tiny(image_size=size)
+    nets["D"].of_both.eval()  # without dropout
+    *convs, dense, bias = nets["E"].parameters()
+    torch.testing.assert_close(nets["E"](x), F.linear(convolve(convs, x), dense, bias))
+    torch.testing.assert_close(nets["D"](x[:3], z), discriminate(nets["D"].parameters(), x[:3], z))
 
 
 def test_the_stochastic_encoder_is_a_gaussian_in_training_and_its_mean_otherwise():
     nets, _, x, _ = tiny(stochastic=True)
     net, x = nets["E"], x[:1].expand(2000, -1, -1, -1)
     net.layers.eval()
-    mean, log_variance = net.layers(x[:1]).chunk(2, dim=1)
+    mean, log_variance = net.layers(x[:1])[0].split(5)
     sampled = net(x)
-    torch.testing.assert_close(sampled.mean(0), mean[0], atol=0.1, rtol=0.05)
-    torch.testing.assert_close(sampled.std(0), (log_variance[0] / 2).exp(), atol=0, rtol=0.1)
+    torch.testing.assert_close(sampled.mean(0), mean, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(sampled.std(0), log_variance.exp().sqrt(), atol=0, rtol=0.1)
     assert abs(torch.corrcoef(sampled.T)[0, 1]) < 0.1  # each dimension has its own noise
     torch.testing.assert_close(net.eval()(x[:4]), mean.expand(4, -1))
-    gradients = torch.autograd.grad(sampled.std(), list(net.layers[1].parameters()))
-    assert all(g[5:].abs().max() > 0 for g in gradients)  # through the reparameterisation
-
-
-def test_the_discriminator_layer_by_layer():
-    nets, _, x, z = tiny()
-    net = nets["D"]
-    net.of_both.eval()  # without dropout
-    h_z = leaky(F.linear(z, net.of_z[0].weight, net.of_z[0].bias))
-    h = torch.cat([conv_stack(net.of_x, x), h_z], 1)
-    h = leaky(F.linear(h, net.of_both[0].weight, net.of_both[0].bias))
-    torch.testing.assert_close(net(x, z), F.linear(h, net.of_both[3].weight, net.of_both[3].bias))
 
 
 def test_batch_norm_dropout_and_initial_weights_are_the_paper_s():
@@ -141,33 +168,31 @@ def test_batch_norm_dropout_and_initial_weights_are_the_paper_s():
     nets = bigan_latent.build_networks(64, 16, 100)
     norms = [m for m in nets.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 4 + 3 + 3
-    norm, x = norms[0], 7 + torch.randn(50, norms[0].num_features, 4, 4)
-    norm(x)
-    torch.testing.assert_close(norm.running_mean, 0.03 * x.mean((0, 2, 3)))
-    assert all(m.momentum == norm.momentum for m in norms)
-    (drop,) = [m for m in nets.modules() if isinstance(m, nn.Dropout)]
+    for norm in norms:
+        x = 7 + torch.randn(5, norm.num_features, 4, 4)
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
+        norm(x)
+        torch.testing.assert_close(norm.running_mean, 0.03 * x.mean((0, 2, 3)))
+    (drop,) = [m for m in nets["D"].modules() if isinstance(m, nn.Dropout)]
     assert (drop(torch.ones(100_000)) == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    assert drop in list(nets["D"].modules())
     weighty = [m for m in nets.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
-    assert all(abs(m.weight.std().item() / 0.02 - 1) < 3 / math.sqrt(2 * m.weight.numel()) for m in weighty)
-    assert all((m.bias == 0).all() for m in weighty if m.bias is not None)
+    for m in weighty:
+        assert abs(m.weight.std().item() / 0.02 - 1) < 3 / math.sqrt(2 * m.weight.numel())
+        assert abs(m.weight.mean().item()) < 4 * 0.02 / math.sqrt(m.weight.numel())
+        assert m.bias is None or (m.bias == 0).all()
+    weights = torch.cat([m.weight.flatten() for m in weighty])
+    assert (weights.abs() > 0.04).float().mean().item() == pytest.approx(0.0455, abs=2e-3)  # as of a Gaussian
 
 
-def test_features_are_alexnet_s_pool5_of_length_1(alexnet_file):
-    net = bigan_latent.load_features(alexnet_file)
-    alexnet = torchvision.models.alexnet().features
-    weights = torch.load(alexnet_file, weights_only=True)
-    alexnet.load_state_dict({k[9:]: w for k, w in weights.items() if k.startswith("features")})
-    x = torch.rand(2, 3, 16, 16) * 2 - 1
-    preprocess = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.transforms()
+def test_features_are_alexnet_s_pool5_of_length_1(asked, untrained_alexnet):
+    net, x = bigan_latent.Features(), torch.rand(2, 3, 16, 16) * 2 - 1
+    imagenet = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.transforms()
     image = F.interpolate((x + 1) / 2, (224, 224), mode="bilinear")
-    image = torch.stack([(c - m) / s for c, m, s in zip(image.unbind(1), preprocess.mean, preprocess.std)], 1)
-    pool5 = alexnet(image).flatten(1)
-    h = net(x)
-    assert h.shape == (2, 9216)
-    torch.testing.assert_close(h, pool5 / pool5.norm(dim=1, keepdim=True))
-    torch.testing.assert_close(h.norm(dim=1), torch.ones(2))
-    assert not any(p.requires_grad for p in net.parameters())
+    image = torch.stack([(c - m) / s for c, m, s in zip(image.unbind(1), imagenet.mean, imagenet.std)], 1)
+    pool5 = untrained_alexnet.features(image).flatten(1)
+    torch.testing.assert_close(net(x), pool5 / (pool5**2).sum(1, keepdim=True).sqrt())
+    assert net(x).shape == (2, 9216) and net(x)[0].norm().item() == pytest.approx(1)
+    assert asked == ["IMAGENET1K_V1"] and not any(p.requires_grad for p in net.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -178,7 +203,7 @@ def test_discriminator_loss_eq_1_to_3():
     p, q = sigmoid(d_q.numpy()), sigmoid(d_p.numpy())
     expected = -np.mean(0.9 * np.log(p) + 0.1 * np.log(1 - p)) - np.mean(np.log(1 - q))
     assert bigan_latent.discriminator_loss(d_q, d_p).item() == pytest.approx(expected)
-    torch.autograd.gradcheck(bigan_latent.discriminator_loss, (d_q.requires_grad_(), d_p.requires_grad_()))
+    gradcheck(bigan_latent.discriminator_loss, (d_q.requires_grad_(), d_p.requires_grad_()))
     best = [bigan_latent.discriminator_loss(torch.tensor(math.log(9) + d), torch.tensor(-50.0)) for d in (-0.1, 0, 0.1)]
     assert best[1] == min(best)  # D answers 0.9 to real pairs, and 0 to fake ones
 
@@ -187,7 +212,7 @@ def test_generator_loss_eq_1_to_3():
     d_q, d_p = torch.randn(6, 1).double(), torch.randn(6, 1).double()
     expected = -np.mean(np.log(1 - sigmoid(d_q.numpy()))) - np.mean(np.log(sigmoid(d_p.numpy())))
     assert bigan_latent.generator_loss(d_q, d_p).item() == pytest.approx(expected)
-    torch.autograd.gradcheck(bigan_latent.generator_loss, (d_q.requires_grad_(), d_p.requires_grad_()))
+    gradcheck(bigan_latent.generator_loss, (d_q.requires_grad_(), d_p.requires_grad_()))
     at_q, at_p = torch.autograd.grad(bigan_latent.generator_loss(d_q, d_p), (d_q, d_p))
     assert (at_q > 0).all() and (at_p < 0).all()  # E wants D to say "p", G wants it to say "q"
 
@@ -195,74 +220,57 @@ def test_generator_loss_eq_1_to_3():
 def test_pseudo_huber_figure_4():
     t = torch.linspace(-2, 2, 41).double().requires_grad_()
     np.testing.assert_allclose(bigan_latent.pseudo_huber(t).detach(), huber(t.detach().numpy()))
-    torch.autograd.gradcheck(bigan_latent.pseudo_huber, t)
+    gradcheck(bigan_latent.pseudo_huber, t)
     small, large = torch.tensor([1e-3, 10.0], dtype=torch.double)
     assert bigan_latent.pseudo_huber(small).item() == pytest.approx(1e-6 / (2 * 0.05), rel=1e-3)
     assert bigan_latent.pseudo_huber(large).item() == pytest.approx(10 - 0.05, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "loss, shape",
-    [
-        (bigan_latent.autoencoder_loss, (2, 3, 4, 4)),  # Eq. 4
-        (bigan_latent.autodecoder_loss, (4, 5)),  # Eq. 6
-        (bigan_latent.autodecoder_loss_q, (4, 5)),  # Eq. 7
-    ],
-)
-def test_penalties_of_each_coordinate_eq_4_6_7(loss, shape):
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (4, 5)])
+def test_penalty_of_each_coordinate_eq_4_6_7(shape):
     a, b = torch.randn(shape).double(), torch.randn(shape).double()
-    assert loss(a, b).item() == pytest.approx(huber(a.numpy() - b.numpy()).mean())
-    assert loss(a, a) == 0 and loss(a, b) > 0
-    torch.autograd.gradcheck(loss, (a.requires_grad_(), b.requires_grad_()))
+    assert bigan_latent.penalty(a, b).item() == pytest.approx(huber(a.numpy() - b.numpy()).mean())
+    assert bigan_latent.penalty(a, a) == 0 < bigan_latent.penalty(a, b)
+    gradcheck(bigan_latent.penalty, (a.requires_grad_(), b.requires_grad_()))
 
 
-def test_feature_loss_of_the_norm_eq_5():
+def test_feature_penalty_of_the_norm_eq_5():
     a, b = torch.randn(4, 7).double(), torch.randn(4, 7).double()
     expected = huber(np.sqrt(((a - b).numpy() ** 2).sum(1))).mean()
-    assert bigan_latent.feature_loss(a, b).item() == pytest.approx(expected)
-    torch.autograd.gradcheck(bigan_latent.feature_loss, (a.requires_grad_(), b))
-    (gradient,) = torch.autograd.grad(bigan_latent.feature_loss(a, a.detach()), a)
-    assert bigan_latent.feature_loss(a, a) == 0 and torch.equal(gradient, 0 * gradient)
-
-
-def test_total_loss_eq_8():
-    weights = {**WEIGHTS, "L_H": 0.3}
-    terms = {name: torch.rand((), dtype=torch.double, requires_grad=True) for name in weights}
-    loss = bigan_latent.total_loss(terms, weights)
-    assert loss.item() == pytest.approx(sum(weights[name] * terms[name].item() for name in weights))
-    gradients = torch.autograd.grad(loss, list(terms.values()))
-    assert {name: g.item() for name, g in zip(terms, gradients)} == weights
+    assert bigan_latent.feature_penalty(a, b).item() == pytest.approx(expected)
+    gradcheck(bigan_latent.feature_penalty, (a.requires_grad_(), b))
+    (gradient,) = torch.autograd.grad(bigan_latent.feature_penalty(a, a.detach()), a)
+    assert bigan_latent.feature_penalty(a, a) == 0 and torch.equal(gradient, 0 * gradient)
 
 
 def test_table_1():
     rows = [tuple(row.values()) for row in bigan_latent.EXPERIMENTS.values()]
     assert rows == [(a, b, c) for a in (0.05, 1, 2.5) for b, c in ((0, 0), (1, 0), (0, 1))]
     assert [*bigan_latent.EXPERIMENTS] == [f"EX{i}" for i in range(1, 10)]
-    assert all([*row] == ["lambda_ad", "lambda_ae", "lambda_h"] for row in bigan_latent.EXPERIMENTS.values())
+    assert all([*row] == ["lambda_1", "lambda_2", "lambda_3"] for row in bigan_latent.EXPERIMENTS.values())
 
 
 @pytest.mark.parametrize("weighty", [(), ("L_AD",), ("L_AE",), ("L_H",), ("L_AD", "L_AE", "L_H")])
-def test_all_losses_against_numpy(weighty):
-    torch.manual_seed(0)
-    nets, optimizers, x, z = tiny(H=bigan_latent.Features() if "L_H" in weighty else None)
+def test_bigan_losses_of_six_images_and_three_latents_against_numpy(weighty):
+    nets, optimizer, _, z = tiny()
+    H, x = features() if "L_H" in weighty else None, uniform(6, 3, 16, 16)
     nets["D"].of_both.eval()  # without dropout
-    weights = {
-        "L_GAN": 1,
-        **{name: 2.0 + i if name in weighty else 0 for i, name in enumerate(("L_AD", "L_AE", "L_H"))},
-    }
-    losses = {k: v.item() for k, v in bigan_latent.all_losses(nets, optimizers, x, z, weights, 0).items()}
+    numbers = {name: 2.5 - i * 0.6 if name in weighty else 0 for i, name in enumerate(("L_AD", "L_AE", "L_H"))}
+    weights = dict(zip(ALL, numbers.values()))
+    losses = bigan_latent.bigan_losses(nets, optimizer, H, weights, 0, x, z)
     with torch.no_grad():
         G, E, D = nets["G"], nets["E"], nets["D"]
         x_hat, z_hat = G(z), E(x)
         x_tilde, z_tilde = G(z_hat), E(x_hat)
         p, q = sigmoid(D(x, z_hat).numpy()), sigmoid(D(x_hat, z).numpy())
         terms = {"L_AD": huber((z - z_tilde).numpy()).mean(), "L_AE": huber((x - x_tilde).numpy()).mean()}
-        if "L_H" in weighty:
-            terms["L_H"] = huber((nets["H"](x) - nets["H"](x_tilde)).norm(dim=1).numpy()).mean()
-    expected = {name: terms[name] for name in weighty} | {"L_GAN": -np.log(1 - p).mean() - np.log(q).mean()}
-    expected["G_E"] = sum(weights[name] * value for name, value in expected.items())
-    expected["D"] = -(0.9 * np.log(p) + 0.1 * np.log(1 - p)).mean() - np.log(1 - q).mean()
-    assert losses == pytest.approx(expected)
+        if H:
+            terms["L_H"] = huber(((H(x) - H(x_tilde)).numpy() ** 2).sum(1) ** 0.5).mean()
+    expected = {name: terms[name] if name in weighty else 0 for name in numbers}
+    expected["L_GAN"] = -np.log(1 - p).mean() - np.log(q).mean()
+    expected["L_G_E"] = sum({**numbers, "L_GAN": 1}[name] * value for name, value in expected.items())
+    expected["L_D"] = -(0.9 * np.log(p) + 0.1 * np.log(1 - p)).mean() - np.log(1 - q).mean()
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -273,12 +281,13 @@ def test_all_losses_against_numpy(weighty):
         ("L_AD", 2, {"G", "E"}),
         ("L_AE", 2, {"G", "E"}),
         ("L_H", 2, {"G", "E"}),
-        ("D", 2, {"G", "E", "D"}),
+        ("L_D", 2, {"G", "E", "D"}),
+        ("L_G_E", 2, {"G", "E", "D"}),
     ],
 )
 def test_which_networks_a_loss_reaches(name, unroll, reached):
-    nets, optimizers, x, z = tiny(H=bigan_latent.Features() if name == "L_H" else None)
-    loss = bigan_latent.all_losses(nets, optimizers, x, z, {**WEIGHTS, "L_H": name == "L_H"}, unroll)[name]
+    nets, optimizer, x, z = tiny()
+    loss = bigan_latent.bigan_losses(nets, optimizer, features(), ALL, unroll, x, z)[name]
     for net in ("G", "E", "D"):
         gradients = torch.autograd.grad(loss, list(nets[net].parameters()), retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().max() > 0 for g in gradients) == (net in reached), net
@@ -287,87 +296,73 @@ def test_which_networks_a_loss_reaches(name, unroll, reached):
 # --------------------------------------------------------------------------------------------------------- unrolling
 
 
-def after_some_steps(steps, **options):
-    """tiny(), after some training steps: D's optimizer has a state, and batch norm has seen something."""
-    nets, optimizers, x, z = tiny(**options)
-    for _ in range(steps):
-        bigan_latent.train_step(nets, optimizers, x, z, WEIGHTS, 0)
-    return nets, optimizers, x, z
-
-
-def unrolled(nets, optimizers, x, z, unroll, first_order=False):
-    """The unrolled loss, with the same dropout at every call; first_order: without the gradient through the steps."""
+def unrolled(nets, optimizer, unroll, x, z_hat, x_hat, z):
+    """D's unrolled logits of (x, z_hat) and (x_hat, z), with the same dropout at every call."""
     torch.manual_seed(7)
-    D, pairs = nets["D"], [(x, nets["E"](x)), (nets["G"](z), z)]
-    arguments = D, optimizers["D"], pairs, *(D(*pair) for pair in pairs), unroll
-    if not first_order:
-        return bigan_latent.unrolled_generator_loss(*arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        grad = torch.autograd.grad
-        patch.setattr(torch.autograd, "grad", lambda *a, **_: [g.detach() for g in grad(*a, retain_graph=True)])
-        return bigan_latent.unrolled_generator_loss(*arguments)
+    D, q, p = nets["D"], (x, z_hat), (x_hat, z)
+    return bigan_latent.unrolled_logits(D, optimizer, q, p, D(*q), D(*p), unroll)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_the_gradient_through_two_unrolled_steps_is_that_of_finite_differences(steps_before):
-    nets, optimizers, x, z = after_some_steps(steps_before)
-    seen = []
-    for net, count in (("G", 12), ("E", 6)):
-        parameters = list(nets[net].parameters())
-        gradients = torch.autograd.grad(unrolled(nets, optimizers, x, z, 2), parameters)
-        plain = torch.autograd.grad(unrolled(nets, optimizers, x, z, 2, first_order=True), parameters)
-        for i in range(count):
-            torch.manual_seed(i)
-            ways = [torch.randn_like(p) for p in parameters]
-            at = []
-            for sign in (1, -1):
-                for p, way in zip(parameters, ways):
-                    p.data.add_(way, alpha=sign * 1e-6)
-                at.append(unrolled(nets, optimizers, x, z, 2).item())
-                for p, way in zip(parameters, ways):
-                    p.data.sub_(way, alpha=sign * 1e-6)
-            slope, slope_plain = (sum((g * w).sum().item() for g, w in zip(gs, ways)) for gs in (gradients, plain))
-            assert slope == pytest.approx((at[0] - at[1]) / 2e-6, rel=1e-4, abs=1e-5)
-            seen.append(abs(slope - slope_plain) > 1e-2 * abs(slope) + 1e-3)
-    assert sum(seen) > 12  # of 18: the gradient through the steps, not only at their end, can be told from rounding
+    nets, optimizer, x, z = tiny(steps_before)
+    x_hat, ways = uniform(3, 3, 16, 16), torch.randn(12, 3, 3, 16, 16, dtype=torch.double)
+    z_hat, at = uniform(4, 5).requires_grad_(), torch.zeros(12, dtype=torch.double, requires_grad=True)
+
+    def logits(at, z_hat):
+        return unrolled(nets, optimizer, 2, x, z_hat, x_hat + torch.tensordot(at, ways, 1), z)
+
+    gradcheck(logits, (at, z_hat), eps=1e-6, atol=1e-5, rtol=1e-4, nondet_tol=1e-9)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
-@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("unroll", [0, 1, 3])
 def test_unrolled_steps_are_those_of_torch_s_adam(unroll, steps_before):
-    nets, optimizers, x, z = after_some_steps(steps_before)
-    loss = unrolled(nets, optimizers, x, z, unroll)
-    D = copy.deepcopy(nets["D"])
-    adam = torch.optim.Adam(D.parameters(), 2e-2, (0.5, 0.999))
-    adam.load_state_dict(optimizers["D"].state_dict())
+    nets, optimizer, x, z = tiny(steps_before)
+    optimizer.param_groups[0].update(lr=3e-2, betas=(0.6, 0.99), eps=1e-3)
+    D, q, p = copy.deepcopy(nets["D"]), (x, uniform(4, 5)), (uniform(3, 3, 16, 16), z)
+    logits = unrolled(nets, optimizer, unroll, *q, *p)
+    adam = torch.optim.Adam(D.parameters(), 3e-2, (0.6, 0.99), 1e-3)
+    for mine, theirs in zip(D.parameters(), nets["D"].parameters()):
+        if steps_before:
+            adam.state[mine] = copy.deepcopy(optimizer.state[theirs])
     torch.manual_seed(7)
-    pairs = [(x, nets["E"](x).detach()), (nets["G"](z).detach(), z)]
     for _ in range(unroll):
         adam.zero_grad()
-        bigan_latent.discriminator_loss(*(D(*pair) for pair in pairs)).backward()
+        bigan_latent.discriminator_loss(D(*q), D(*p)).backward()
         adam.step()
-    assert loss.item() == pytest.approx(bigan_latent.generator_loss(*(D(*pair) for pair in pairs)).item(), rel=1e-9)
-    assert abs(loss.item() - unrolled(nets, optimizers, x, z, 0).item()) > 1e-3
+    for logit, expected in zip(logits, (D(*q), D(*p)), strict=True):
+        torch.testing.assert_close(logit, expected, atol=1e-7, rtol=1e-6)
 
 
-def test_unrolling_leaves_the_discriminator_and_its_optimizer_as_they_are():
-    for steps_before in (0, 2):
-        nets, optimizers, x, z = after_some_steps(steps_before)
-        D, pairs = nets["D"], [(x, nets["E"](x)), (nets["G"](z), z)]
-        d_q, d_p = (D(*pair) for pair in pairs)
-        optimizers["D"].zero_grad()
-        before = copy.deepcopy((dict(D.state_dict()), optimizers["D"].state_dict()))
-        bigan_latent.unrolled_generator_loss(D, optimizers["D"], pairs, d_q, d_p, 3)
-        assert_same(before, (dict(D.state_dict()), optimizers["D"].state_dict()))
-        assert all(p.grad is None and p.requires_grad for p in D.parameters()) and D.training
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_unrolling_leaves_the_discriminator_and_its_optimizer_as_they_are(steps_before):
+    nets, optimizer, x, z = tiny(steps_before)
+    D, q, p = nets["D"], (x, uniform(4, 5)), (uniform(3, 3, 16, 16), z)
+    d_q, d_p = D(*q), D(*p)
+    optimizer.zero_grad()
+    before = copy.deepcopy((dict(D.state_dict()), optimizer.state_dict()))
+    bigan_latent.unrolled_logits(D, optimizer, q, p, d_q, d_p, 3)
+    assert_same(before, (dict(D.state_dict()), optimizer.state_dict()))
+    assert all(p.grad is None and p.requires_grad for p in D.parameters()) and D.training
+
+
+def test_in_a_step_the_discriminator_s_batch_norm_sees_its_two_batches_once():
+    ends = []
+    for unroll in (0, 3):
+        nets, optimizer, x, z = tiny()
+        bigan_latent.train_step(nets, optimizer, None, EX7, unroll, x, z)
+        ends.append(dict(nets["D"].named_buffers()))
+    assert_same(*ends)
+    assert ends[0]["of_x.3.num_batches_tracked"] == 2
 
 
 def test_unrolling_where_a_gradient_is_zero_stays_finite():
-    nets, _, x, z = tiny()
-    nets, x, z = nets.float(), x.float(), z.float()
-    optimizers = bigan_latent.build_optimizers(nets, 2e-4)
+    nets = bigan_latent.build_networks(16, 2, 5)
     nets["D"].of_both[3].weight.data.zero_()  # no gradient reaches the layers before it
-    loss = unrolled(nets, optimizers, x, z, 2)
+    optimizer = bigan_latent.build_optimizer(nets, 2e-4)
+    x, z = torch.rand(4, 3, 16, 16), torch.rand(4, 5)
+    loss = bigan_latent.bigan_losses(nets, optimizer, None, EX7, 2, x, z)["L_GAN"]
     gradients = torch.autograd.grad(loss, list(nets["G"].parameters()))
     assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
 
@@ -375,116 +370,75 @@ def test_unrolling_where_a_gradient_is_zero_stays_finite():
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def test_without_unrolling_a_step_is_a_plain_bigan_s_bit_for_bit():
-    nets, optimizers, x, z = tiny()
-    nets, x, z = nets.float(), x.float(), z.float()
-    optimizers = bigan_latent.build_optimizers(nets, 2e-4)
-    other = copy.deepcopy(nets)
-    G, E, D = other["G"], other["E"], other["D"]
-    mine = [*G.parameters(), *E.parameters()]
-    adam_d, adam_ge = (torch.optim.Adam(ps, 2e-4, (0.5, 0.999), fused=True) for ps in (list(D.parameters()), mine))
-    bce = F.binary_cross_entropy_with_logits
-    for seed in range(3):
-        torch.manual_seed(seed)
-        bigan_latent.train_step(nets, optimizers, x, z, {"L_GAN": 1, "L_AD": 0, "L_AE": 0, "L_H": 0}, 0)
-        torch.manual_seed(seed)
-        x_hat, z_hat = G(z), E(x)
-        d_q, d_p = D(x, z_hat), D(x_hat, z)
-        d_loss = bce(d_q, torch.full_like(d_q, 0.9)) + bce(d_p, torch.zeros_like(d_p))
-        ge_loss = bce(d_q, torch.zeros_like(d_q)) + bce(d_p, torch.ones_like(d_p))
-        for p, g in zip(D.parameters(), torch.autograd.grad(d_loss, list(D.parameters()), retain_graph=True)):
-            p.grad = g
-        for p, g in zip(mine, torch.autograd.grad(ge_loss, mine)):
-            p.grad = g
-        adam_d.step()
-        adam_ge.step()
-    assert_same(dict(nets.state_dict()), dict(other.state_dict()))
-
-
-def adam_by_hand(parameters, gradients, lr, moments):
-    """Adam with beta 0.5, 0.999: the new parameters and moments [step, m, v]."""
-    step = moments[0] + 1
-    m = [0.5 * a + 0.5 * g for a, g in zip(moments[1], gradients)]
-    v = [0.999 * a + 0.001 * g * g for a, g in zip(moments[2], gradients)]
-    new = []
-    for p, a, b in zip(parameters, m, v):
-        new.append(p - lr * (a / (1 - 0.5**step)) / ((b / (1 - 0.999**step)) ** 0.5 + 1e-8))
-    return new, [step, m, v]
-
-
-def discriminate(weights, x, z):
-    """The tiny D with the given weights, without dropout."""
-    conv_1, bias_1, conv_2, gain, shift, dense_z, bias_z, dense, bias, logit, bias_logit = weights
-    h = leaky(F.conv2d(x, conv_1, bias_1, stride=2, padding=1))
-    h = F.conv2d(h, conv_2, stride=2, padding=1)
-    h = (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
-    h = leaky(h * gain[:, None, None] + shift[:, None, None]).flatten(1)
-    h = torch.cat([h, leaky(F.linear(z, dense_z, bias_z))], 1)
-    return F.linear(leaky(F.linear(h, dense, bias)), logit, bias_logit)
-
-
-@pytest.mark.parametrize("unroll", [0, 1, 2])
-def test_train_step_against_autograd_by_hand(unroll):
-    nets, optimizers, _, _ = tiny()
+@pytest.mark.parametrize(
+    "unroll, stochastic, weights", [(0, False, EX7), (1, False, EX7), (0, True, ALL), (2, False, ALL), (2, True, ALL)]
+)
+def test_train_step_against_autograd_by_hand(unroll, stochastic, weights):
+    nets, optimizer, _, _ = tiny(stochastic=stochastic)
     nets["D"].of_both.eval()  # without dropout
-    other = copy.deepcopy(nets)
-    G, E = other["G"], other["E"]
-    mine, theirs = [*G.parameters(), *E.parameters()], [p.detach().clone() for p in nets["D"].parameters()]
-    moments = {"mine": [0, [0] * len(mine), [0] * len(mine)], "theirs": [0, [0] * len(theirs), [0] * len(theirs)]}
-    bce = F.binary_cross_entropy_with_logits
-    one, zero = torch.ones(4, 1).double(), torch.zeros(4, 1).double()
+    other, H = copy.deepcopy(nets), features()
+    G, E, theirs, mine = other["G"], other["E"], list(other["D"].parameters()), []
+    mine = [*G.parameters(), *E.parameters()]
+    of_d, of_g_e = ([0, [0] * len(parameters), [0] * len(parameters)] for parameters in (theirs, mine))
+    bce, one, zero = F.binary_cross_entropy_with_logits, torch.ones(4, 1).double(), torch.zeros(4, 1).double()
+
+    def loss_of_d(theta, x, z_hat, x_hat, z):
+        return bce(discriminate(theta, x, z_hat), 0.9 * one) + bce(discriminate(theta, x_hat, z), zero[:3])
+
     for seed in range(3):
         torch.manual_seed(10 + seed)
-        x, z = torch.rand(4, 3, 16, 16).double() * 2 - 1, torch.rand(4, 5).double() * 2 - 1
-        losses = bigan_latent.train_step(nets, optimizers, x, z, WEIGHTS, unroll)
-        x_hat, z_hat = G(z), E(x)
-
-        def d_loss(weights, x=x, z=z, x_hat=x_hat, z_hat=z_hat):
-            return bce(discriminate(weights, x, z_hat), 0.9 * one) + bce(discriminate(weights, x_hat, z), zero)
-
-        weights, state = [p.requires_grad_() for p in theirs], moments["theirs"]
-        value = {"D": d_loss(weights)}
-        gradients = torch.autograd.grad(value["D"], weights, retain_graph=True)
-        for _ in range(unroll):
-            along = torch.autograd.grad(d_loss(weights), weights, create_graph=True)
-            weights, state = adam_by_hand(weights, along, 2e-2, state)
-        value["L_GAN"] = bce(discriminate(weights, x, z_hat), zero) + bce(discriminate(weights, x_hat, z), one)
-        value["L_AD"] = (0.05 * ((1 + ((E(x_hat) - z) / 0.05) ** 2) ** 0.5 - 1)).mean()
-        value["L_AE"] = (0.05 * ((1 + ((G(z_hat) - x) / 0.05) ** 2) ** 0.5 - 1)).mean()
-        value["G_E"] = value["L_GAN"] + 2.5 * value["L_AD"] + 0.7 * value["L_AE"]
-        assert set(losses) == set(value)
-        for name in value:
-            assert losses[name].item() == pytest.approx(value[name].item(), rel=1e-6), name
-            assert not losses[name].requires_grad
-        mine_gradients = torch.autograd.grad(value["G_E"], mine)
-        new, moments["mine"] = adam_by_hand(mine, mine_gradients, 2e-2, moments["mine"])
-        for p, value in zip(mine, new):
-            p.data.copy_(value)
-        theirs, moments["theirs"] = adam_by_hand([p.detach() for p in theirs], gradients, 2e-2, moments["theirs"])
-    for a, b in zip([*nets["G"].parameters(), *nets["E"].parameters(), *nets["D"].parameters()], [*mine, *theirs]):
+        x, z = uniform(4, 3, 16, 16), uniform(3, 5)
+        torch.manual_seed(seed)
+        losses = bigan_latent.train_step(nets, optimizer, H if weights is ALL else None, weights, unroll, x, z)
+        torch.manual_seed(seed)
+        z_hat, x_hat = encode(E, x), G(z)
+        pairs, theta, (t, m, v) = (x, z_hat, x_hat, z), theirs, of_d
+        value = {"L_D": loss_of_d(theta, *pairs)}
+        for t in range(t + 1, t + 1 + unroll):
+            along = torch.autograd.grad(loss_of_d(theta, *pairs), theta, create_graph=True)
+            m, v = [(a + g) / 2 for a, g in zip(m, along)], [0.999 * a + 0.001 * g * g for a, g in zip(v, along)]
+            steps = [a / (1 - 0.5**t) / ((b / (1 - 0.999**t)) ** 0.5 + 1e-8) for a, b in zip(m, v)]
+            theta = [w - 2e-2 * step for w, step in zip(theta, steps)]
+        value["L_GAN"] = bce(discriminate(theta, x, z_hat), zero) + bce(discriminate(theta, x_hat, z), one[:3])
+        x_tilde, z_tilde = G(z_hat), encode(E, x_hat)
+        distances = z_tilde - z, x_tilde - x, (H(x_tilde) - H(x)).norm(dim=1)
+        for name, number, t in zip(("L_AD", "L_AE", "L_H"), weights.values(), distances):
+            value[name] = ((0.05**2 + t**2).sqrt() - 0.05).mean() * (number > 0)
+        of_weight = zip((1, *weights.values()), ("L_GAN", "L_AD", "L_AE", "L_H"))
+        value["L_G_E"] = sum(number * value[name] for number, name in of_weight)
+        assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+            {name: loss.item() for name, loss in value.items()}, rel=1e-6
+        )
+        assert not any(loss.requires_grad for loss in losses.values())
+        gradients = torch.autograd.grad(value["L_G_E"], mine, retain_graph=True)
+        adam_by_hand(theirs, torch.autograd.grad(value["L_D"], theirs), 2e-2, of_d)
+        adam_by_hand(mine, gradients, 2e-2, of_g_e)
+    for a, b in zip(nets.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
 
 
 def test_train_step_runs_every_network_once_for_all_losses():
     """The encoder draws one sample, which goes into D and into G; batch norm sees G(z), G(E(x)), E(x), E(G(z)) once."""
-    nets, optimizers, x, z = tiny(stochastic=True)
-    seen = {"G": [], "E": [], "D": []}
+    nets, optimizer, x, z = tiny(stochastic=True)
+    seen, H = {name: [] for name in "GEDH"}, features()
     for name, calls in seen.items():
-        nets[name].register_forward_hook(lambda _, inputs, output, calls=calls: calls.append((*inputs, output)))
-    bigan_latent.train_step(nets, optimizers, x, z, WEIGHTS, 0)
-    (z_1, x_hat), (z_2, _) = seen["G"]
+        net = H if name == "H" else nets[name]
+        net.register_forward_hook(lambda _, inputs, output, calls=calls: calls.append((*inputs, output)))
+    bigan_latent.train_step(nets, optimizer, H, ALL, 0, x, z)
+    (z_1, x_hat), (z_2, x_tilde) = seen["G"]
     (x_1, z_hat), (x_2, _) = seen["E"]
     (x_3, z_3, _), (x_4, z_4, _) = seen["D"]
+    assert {id(inputs) for inputs, _ in seen["H"]} == {id(x), id(x_tilde)} and len(seen["H"]) == 2
     for a, b in ((z_1, z), (z_2, z_hat), (x_1, x), (x_2, x_hat), (x_3, x), (z_3, z_hat), (x_4, x_hat), (z_4, z)):
         assert a is b
 
 
-def test_train_step_never_reads_a_tensor_back(monkeypatch):
-    nets, images = bigan_latent.build_networks(16, 2, 5, True, bigan_latent.Features()), draw_faces(8, 16)[0]
-    optimizers = bigan_latent.build_optimizers(nets, 2e-4)
+def test_train_step_never_reads_a_tensor_back(monkeypatch, asked):
+    nets, images, H = bigan_latent.build_networks(16, 2, 5, True), draw_faces(8, 16)[0], bigan_latent.Features()
+    optimizer = bigan_latent.build_optimizer(nets, 2e-4)
     refuse_reading_back(monkeypatch)
     for _ in range(2):
-        bigan_latent.train_step(nets, optimizers, *bigan_latent.draw_batch(images[:4], 5), {**WEIGHTS, "L_H": 1}, 2)
+        bigan_latent.train_step(nets, optimizer, H, ALL, 2, *bigan_latent.draw_batch(images[:4], 5))
 
 
 def test_batches_are_the_images_and_uniform_latents():
@@ -498,18 +452,37 @@ def test_batches_are_the_images_and_uniform_latents():
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_measure_against_numpy():
-    nets, _, _, z = after_some_steps(3)
-    nets, z = nets.float(), torch.rand(20, 5) * 2 - 1
+def mean_distance(images):
+    """Of all pairs."""
+    flat = np.asarray(images, np.float64).reshape(len(images), -1)
+    return np.mean([np.sqrt(((flat[i] - flat[j]) ** 2).sum()) for i in range(len(flat)) for j in range(i)])
+
+
+def test_sample_diversity():
     torch.manual_seed(0)
-    images = torch.randint(256, (1400, 3, 16, 16), dtype=torch.uint8)
+    samples, images = torch.rand(7, 3, 4, 4) ** 3, torch.rand(5, 3, 4, 4)
+    expected = mean_distance(samples) / mean_distance(images)
+    assert bigan_latent.sample_diversity(samples, images) == pytest.approx(expected)
+    assert bigan_latent.sample_diversity(images[:1].expand(7, -1, -1, -1), images) == 0
+    assert bigan_latent.sample_diversity(samples, images[:1].expand(7, -1, -1, -1)) is None
+
+
+def evaluated(options):
+    """Networks in float32 after some steps, and a copy of them in evaluation mode."""
+    nets = tiny(3, **options)[0].float()
+    return nets, copy.deepcopy(nets).eval()
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_measure_against_numpy(stochastic):
+    nets, other = evaluated({"stochastic": stochastic})
+    z, images = torch.rand(20, 5) * 2 - 1, torch.randint(256, (1400, 3, 16, 16), dtype=torch.uint8)
     data = Data(images[:1100] // 2, images[1100:], (), None, None)
     results = bigan_latent.measure(nets, data, z)
-    logged = bigan_latent.heldout_autodecoder_loss_q(nets, data, "cpu")
-    assert all(net.training for net in nets.values())
-    x = to_float(data.heldout)
-    nets.eval()
-    G, E, D = nets["G"], nets["E"], nets["D"]
+    assert all(module.training is False for module in nets.modules())
+    assert_same(dict(nets.state_dict()), dict(other.state_dict()))
+    G, E, D = other["G"], other["E"], other["D"]
+    x = torch.from_numpy(data.heldout.numpy() / np.float32(127.5) - 1)
     with torch.no_grad():
         x_hat, z_hat = G(z), E(x)
         x_tilde = G(z_hat)
@@ -522,48 +495,38 @@ def test_measure_against_numpy():
             "d_on_reconstructions": 100 * sigmoid(D(x_tilde, z_hat).numpy()).mean(),
             "d_on_samples": 100 * sigmoid(D(x_hat, z).numpy()).mean(),
             "latent_l1": np.abs((E(x_hat) - z).numpy()).mean(),
-            "sample_diversity": bigan_latent.sample_diversity(x_hat, x[:20]),
+            "sample_diversity": mean_distance(x_hat) / mean_distance(x[:20]),
         }
-        assert results == pytest.approx(expected, rel=1e-4)
-        first = huber((z_hat - E(x_tilde))[:250].numpy()).mean()
-    assert logged.item() == pytest.approx(first, rel=1e-4)
+    assert results == pytest.approx(expected, rel=1e-4)
 
 
-def test_figures_show_what_they_say(monkeypatch, tmp_path):
-    """With G and E such that G(E(x)) is half of x's mean colour, the saved arguments tell what stands where."""
+@pytest.mark.parametrize("last", [False, True])
+def test_figures_show_what_they_say(monkeypatch, tmp_path, last):
     shown = {}
     monkeypatch.setattr(
-        bigan_latent, "save_grid", lambda path, *images, **options: shown.update({path.name: (images, options)})
+        bigan_latent, "save_grid", lambda path, *images, **options: shown.update({path: (images, options)})
     )
-    nets = nn.ModuleDict({"G": nn.Module(), "E": nn.Module(), "D": nn.Module()})
-    nets["E"].forward = lambda x: x.mean((2, 3)) / 2
-    nets["G"].forward = lambda z: z[:, :3, None, None].expand(-1, -1, 16, 16)
-    nets["D"].forward = lambda x, z: x.var((1, 2, 3))[:, None] + z.mean(1, keepdim=True)
-    images = draw_faces(14, 16)[0]
-    data, z = Data(images[:2], images[2:], (), None, None), torch.rand(256, 3) * 2 - 1
+    nets, other = evaluated({"stochastic": True})
+    images, z = draw_faces(25, 16)[0], torch.rand(256, 5) * 2 - 1
+    bigan_latent.save_figures(nets, Data(images[:11], images[11:], (), None, None), z, tmp_path, 70, last)
+    assert all(module.training for module in nets.modules())
+    assert_same(dict(nets.state_dict()), dict(other.state_dict()))
+    names = ["samples_70.png", "reconstructions_70.png"] + ["figure_interpolations.png"] * last
+    assert list(shown) == [tmp_path / name for name in names]
 
-    def texts(x, z):
-        return [f"{min(99, v):02.0f}" for v in 100 * sigmoid(nets["D"](x, z)[:, 0].numpy())]
-
-    bigan_latent.save_figures(nets, data, z, tmp_path)
-    x = to_float(data.heldout)[:10]
-    assert set(shown) == {"figure_samples.png", "figure_reconstructions.png", "figure_interpolations.png"}
-    (samples,), options = shown["figure_samples.png"]
-    assert torch.equal(samples, nets["G"](z[:100])) and options["captions"] == [texts(samples, z[:100])]
-    (originals, reconstructions), options = shown["figure_reconstructions.png"]
-    assert torch.equal(originals, x)
-    torch.testing.assert_close(reconstructions, x.mean((2, 3), keepdim=True).expand_as(x) / 2)
-    assert options["captions"] == [texts(images, x.mean((2, 3)) / 2) for images in (originals, reconstructions)]
-    assert options["captions"][0] != options["captions"][1]
-    (grid,), options = shown["figure_interpolations.png"]
-    for i, row in enumerate(grid.view(5, options["columns"], 3, 16, 16)):
-        first, last = x[2 * i], x[2 * i + 1]
-        assert torch.equal(row[0], first) and torch.equal(row[-1], last)
-        ends = first.mean((1, 2)) / 2, last.mean((1, 2)) / 2
-        for j, image in enumerate(row[1:-1]):
-            torch.testing.assert_close(image[:, 0, 0], ends[0] + (ends[1] - ends[0]) * j / (len(row) - 3))
-    bigan_latent.save_figures(nets, data, z, tmp_path, step=70)
-    assert {"samples_70.png", "reconstructions_70.png"} <= set(shown) and len(shown) == 5
+    G, E, D, x, z = other["G"], other["E"], other["D"], to_float(images[11:21]), z[:100]
+    with torch.no_grad():
+        x_hat, z_hat = G(z), E(x)
+        x_tilde = G(z_hat)
+        percents = [100 * sigmoid(D(*pair)[:, 0].numpy()) for pair in ((x_hat, z), (x, z_hat), (x_tilde, z_hat))]
+        texts = [[f"{round(min(99, value)):02}" for value in values] for values in percents]
+        line = [G(torch.stack([a + (b - a) * i / 7 for i in range(8)])) for a, b in zip(z_hat[::2], z_hat[1::2])]
+    rows = torch.cat([torch.cat([x[2 * i, None], row, x[2 * i + 1, None]]) for i, row in enumerate(line)])
+    expected = [((x_hat,), {"captions": texts[:1]}), ((x, x_tilde), {"captions": texts[1:], "columns": 5})]
+    for (batches, options), (pictures, settings) in zip(shown.values(), [*expected, ((rows,), {"columns": 10})]):
+        assert options == settings
+        torch.testing.assert_close(batches, pictures, atol=1e-5, rtol=1e-5)
+    assert len({*texts[1], *texts[2]}) > 5
 
 
 def test_percents_have_two_digits():
@@ -575,87 +538,104 @@ def test_percents_have_two_digits():
 
 def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures = {f"samples_{step}": (10, 10, 1) for step in (2, 4, 5)}
-    pictures |= {f"reconstructions_{step}": (5, 2, 2) for step in (2, 4, 5)}
-    pictures |= {"figure_interpolations": (10, 5, 1), "figure_samples": (10, 10, 1)}
-    pictures |= {"figure_reconstructions": (5, 2, 2)}
+    pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)}
+    pictures |= {"figure_interpolations": (10, 1, 1)}
     arguments = ["--data", photos, *TINY, "--steps", 5]
-    out, results, header, _ = run_as_a_user("bigan_latent", *arguments, cwd=tmp_path, pictures=pictures)
-    assert results["config"]["channels"] == 2 and out.startswith("EX7, weights 2.5, 0, 0, on ")
-    assert results["config"]["unroll"] == 8 and results["config"]["experiment"] == "EX7"
-    names = "heldout_l1 heldout_l1_of_mean_image latent_l1 autodecoder_q sample_diversity"
-    for name in [*names.split(), "d_on_real", "d_on_samples", "d_on_reconstructions"]:
+    out, results, header, rows = run_as_a_user("bigan_latent", *arguments, cwd=tmp_path, pictures=pictures)
+    assert out.startswith("EX7 on 27 images of ") and "on cpu, into runs/bigan_latent/" in out
+    names = "heldout_l1 heldout_l1_of_mean_image autodecoder_q latent_l1 sample_diversity".split()
+    names += ["d_on_real", "d_on_samples", "d_on_reconstructions"]
+    for name in names:
         assert 0 < results[name] < (100 if name.startswith("d_") else 10)
         assert f"{name:26}{results[name]:10.3f}" in out
-    assert header == ["D", "G_E", "L_GAN", "L_AD", "autodecoder_q"]
+    assert set(results) == {*names, "steps", "steps_per_second", "config"}
+    config = results["config"]
+    assert config["channels"] == 2 and config["unroll"] == 8 and config["experiment"] == "EX7"
+    assert not {"out", "resume", "device", "graph"} & set(config)
+    assert header == ["L_D", "L_G_E", "L_GAN", "L_AD", "L_AE", "L_H"]
+    for _, _, total, gan, *terms in (map(float, row) for row in rows):
+        assert total == pytest.approx(gan + 2.5 * terms[0]) and terms[1:] == [0, 0]
 
 
-def test_experiments_train_with_their_losses_and_nothing_else(photos, tmp_path, cli, alexnet_file):
-    small = ["--data", photos, *TINY, "--unroll", 1, "--steps", 2, "--alexnet-weights", alexnet_file]
-    for name, losses in (("EX2", ["L_AD", "L_AE"]), ("EX9", ["L_AD", "L_H"]), ("EX4", ["L_AD"])):
-        result = cli(bigan_latent, *small, "--experiment", name, "--out", tmp_path / name)
-        assert result.status == 0 and result.out.startswith(f"{name}, weights "), result
-        assert log_of(tmp_path / name)[0] == ["step", "D", "G_E", "L_GAN", *losses, "autodecoder_q"]
-    assert not any(k.startswith("H.") for k in load(tmp_path / "EX4")["networks"])
-    resume = ["--resume", "--steps", 3, "--log-every", 7, "--save-every", 9, "--alexnet-weights", "missing.pth"]
-    for more in (resume, ["--eval"]):  # AlexNet is in the checkpoint
-        assert cli(bigan_latent, *more, "--out", tmp_path / "EX9", "--device", "cpu").status == 0
-    weights = torch.load(alexnet_file, weights_only=True)
-    assert torch.equal(load(tmp_path / "EX9")["networks"]["H.layers.0.weight"], weights["features.0.weight"])
+def test_all_weights_go_from_the_options_into_the_losses(photos, tmp_path, cli, asked):
+    weights = ["--lambda-1", 3, "--lambda-2", 0.5, "--lambda-3", 40]
+    small = ["--data", photos, *TINY, "--unroll", 1, "--log-every", 3, "--save-every", 4, "--steps", 5]
+    assert cli(bigan_latent, *small, *weights, "--out", tmp_path).status == 0 and asked == ["IMAGENET1K_V1"]
+    _, rows = log_of(tmp_path)
+    assert [row[0] for row in rows] == ["1", "3", "4", "5"]
+    for _, _, total, gan, ad, ae, h in (map(float, row) for row in rows):
+        assert total == pytest.approx(gan + 3 * ad + 0.5 * ae + 40 * h) and min(ad, ae, 40 * h) > 1e-4
+    checkpoint = load(tmp_path)
+    assert {name[:2] for name in checkpoint["networks"]} == {"G.", "E.", "D."}  # H is fixed, and not kept
+    assert set(checkpoint) == {"bigan_latent", "step", "seconds", "log", "networks", "optimizer", "random"}
 
 
-def test_a_stochastic_encoder_trains(photos, tmp_path, cli):
-    run = tmp_path / "run"
-    small = ["--data", photos, *TINY, "--unroll", 1, "--latent-dim", 5, "--steps", 2]
-    assert cli(bigan_latent, *small, "--stochastic-encoder", "--out", run).status == 0
-    assert load(run)["networks"]["E.layers.1.weight"].shape[0] == 10
-    assert cli(bigan_latent, "--eval", "--out", run, "--device", "cpu").status == 0
+@pytest.mark.parametrize("error", [URLError("no route"), RuntimeError('invalid hash value\n(expected "7be5be79")')])
+def test_without_alexnet_s_weights_a_run_that_needs_them_ends_before_training(
+    photos, tmp_path, cli, monkeypatch, error
+):
+    def refuse(**_):
+        raise error
 
-
-def test_alexnet_s_weights_are_downloaded_only_where_they_are_needed(photos, tmp_path, cli, monkeypatch, alexnet_file):
-    def download(*_, **options):
-        assert options == {"check_hash": True, "weights_only": True}
-        calls.append(1)
-        if len(calls) == 1:
-            raise URLError("no route")
-        return torch.load(alexnet_file, weights_only=True)
-
-    calls = []
-    monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", download)
+    monkeypatch.setattr(torchvision.models, "alexnet", refuse)
     small = ["--data", photos, *TINY, "--unroll", 0, "--steps", 1]
-    assert cli(bigan_latent, *small, "--experiment", "EX8", "--out", tmp_path / "8").status == 0 and not calls
-    before = files(tmp_path)
-    result = cli(bigan_latent, *small, "--experiment", "EX9", "--out", tmp_path / "9")
-    assert_refused(result, "downloaded", "no route", "--alexnet-weights", "alexnet-owt-7be5be79.pth")
-    assert files(tmp_path) == before
-    assert cli(bigan_latent, *small, "--lambda-h", 0.1, "--out", tmp_path / "h").status == 0 and len(calls) == 2
+    for options in (["--experiment", "EX9"], ["--lambda-3", 0.1]):
+        result = cli(bigan_latent, *small, *options, "--out", tmp_path / "9")
+        cache = f"{torch.hub.get_dir()}/checkpoints"
+        assert_refused(result, "--lambda-3", "alexnet-owt-7be5be79.pth", cache, str(error).split("\n")[0])
+        assert files(tmp_path) == [] and result.out == ""
+    assert cli(bigan_latent, *small, "--experiment", "EX8", "--out", tmp_path / "8").status == 0
 
 
-def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch):
-    def spy(nets, optimizers, x, z, weights, unroll):
-        rates = {name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"]) for name, o in optimizers.items()}
-        seen.append((x.shape, z.shape, weights, unroll, rates, nets["E"].stochastic, "H" in nets))
-        return train_step(nets, optimizers, x, z, weights, unroll)
+def test_the_settings_reach_the_training_step_and_the_figures(photos, tmp_path, cli, monkeypatch):
+    def spy(nets, optimizer, H, weights, unroll, x, z):
+        group = {name: optimizer.param_groups[0][name] for name in ("lr", "betas", "eps", "weight_decay")}
+        numbers = [weights[f"lambda_{i}"] for i in (1, 2, 3)]
+        seen.append([z.shape, numbers, H, unroll, *group.values(), nets["E"].stochastic, len(optimizer.param_groups)])
+        widths.append([nets["G"][-2].weight.shape[0], len(optimizer.param_groups[0]["params"])])
+        batches.append(x)
+        return train_step(nets, optimizer, H, weights, unroll, x, z)
 
-    seen, vectors, train_step = [], [], bigan_latent.train_step
+    def show(*arguments, **options):
+        figures.append((*arguments[1:], options))
+
+    def measured(nets, data, z):
+        figures.append((data, z))
+        return measure(nets, data, z)
+
+    seen, widths, batches, figures = [], [], [], []
+    train_step, measure = bigan_latent.train_step, bigan_latent.measure
     monkeypatch.setattr(bigan_latent, "train_step", spy)
-    monkeypatch.setattr(bigan_latent, "save_figures", lambda nets, data, z, *args: vectors.append(z))
-    settings = "--lr 1e-3 --lambda-ad 3 --lambda-ae 4 --latent-dim 7 --unroll 2 --stochastic-encoder".split()
+    monkeypatch.setattr(bigan_latent, "save_figures", show)
+    monkeypatch.setattr(bigan_latent, "measure", measured)
+    settings = "--lr 1e-3 --lambda-1 3 --lambda-2 4 --latent-dim 7 --unroll 2 --stochastic-encoder --channels 3".split()
+    common = ["--data", photos, *TINY, "--unroll", 1, "--steps", 2]
     for i, more in enumerate((settings, [*settings, "--seed", 9], ["--experiment", "EX5", "--latent-dim", 7])):
-        cli(bigan_latent, "--data", photos, *SMALL, "--steps", 1, "--out", tmp_path / str(i), *more)
-    first = {"L_GAN": 1, "L_AD": 3, "L_AE": 4, "L_H": 0}, 2, dict.fromkeys(("D", "G_E"), (1e-3, (0.5, 0.999))), True
-    third = {"L_GAN": 1, "L_AD": 1, "L_AE": 1, "L_H": 0}, 1, dict.fromkeys(("D", "G_E"), (2e-4, (0.5, 0.999))), False
-    assert seen == [((4, 3, 16, 16), (4, 7), *rest, False) for rest in (first, first, third)]
-    assert all(torch.equal(z, vectors[0]) for z in vectors) and len(vectors) == 6  # the same vectors whatever the seed
-    assert vectors[0].abs().max() <= 1 and vectors[0].shape == (256, 7) and vectors[0].min() < -0.9
+        assert cli(bigan_latent, *common, *more, "--out", tmp_path / str(i)).status == 0
+    first = [(4, 7), [3, 4, 0], None, 2, 1e-3, (0.5, 0.999), 1e-8, 0, True, 1]
+    third = [(4, 7), [1, 1, 0], None, 1, 2e-4, (0.5, 0.999), 1e-8, 0, False, 1]
+    assert seen == [first] * 4 + [third] * 2 and widths == [[3, 29]] * 4 + [[2, 29]] * 2
+    heldout, train = load_data(photos, 16).heldout, to_float(load_data(photos, 16).train)
+    assert all((train == x).flatten(1).all(1).any() for x in torch.cat(batches))
+    assert len({x.numpy().tobytes() for x in torch.cat(batches)}) > 8
+    assert not torch.equal(batches[0], batches[2]) and torch.equal(batches[0], batches[4])  # a seed
+    z = figures[0][1]
+    assert z.shape == (256, 7) and z.abs().max() <= 1 and z.min() < -0.9 and z.max() > 0.9
+    for i in range(3):
+        (_, _, out, step, options), (_, _, *last), (_, _) = run = figures[3 * i : 3 * i + 3]
+        assert out == tmp_path / str(i) and step == 2 and options == {"last": False} and last == [out, 2, {}]
+        for data, vectors, *_ in run:  # the same vectors whatever the seed
+            assert torch.equal(data.heldout, heldout) and torch.equal(vectors, z)
 
 
 def test_the_defaults_are_the_paper_s():
     args, _ = bigan_latent.parse_args(["--out", "nowhere"])
     assert (args.steps, args.batch_size, args.image_size, args.latent_dim, args.channels) == (200_000, 32, 64, 100, 64)
     assert (args.lr, args.unroll, args.experiment, args.stochastic_encoder) == (2e-4, 8, "EX7", False)
-    assert (args.lambda_ad, args.lambda_ae, args.lambda_h) == (2.5, 0, 0)
-    args, _ = bigan_latent.parse_args(["--out", "nowhere", "--experiment", "EX3", "--lambda-ae", "0.2", "--quick"])
-    assert (args.lambda_ad, args.lambda_ae, args.lambda_h) == (0.05, 0.2, 1)
+    assert (args.lambda_1, args.lambda_2, args.lambda_3) == (2.5, 0, 0)
+    args, _ = bigan_latent.parse_args(["--out", "nowhere", "--experiment", "EX3", "--lambda-2", "0.2", "--quick"])
+    assert (args.lambda_1, args.lambda_2, args.lambda_3) == (0.05, 0.2, 1)
+    assert {name: getattr(args, name) for name in bigan_latent.QUICK} == bigan_latent.QUICK
 
 
 # -------------------------------------------------------------------------------------------------------------- CUDA
@@ -664,11 +644,11 @@ def test_the_defaults_are_the_paper_s():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_a_step_never_waits_for_the_device():
     nets, images = bigan_latent.build_networks(16, 4, 5).cuda(), draw_faces(40, 16)[0].cuda()
-    optimizers = bigan_latent.build_optimizers(nets, 2e-4)
+    optimizer = bigan_latent.build_optimizer(nets, 2e-4)
     for _ in range(3):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            losses = bigan_latent.train_step(nets, optimizers, *bigan_latent.draw_batch(images[:4], 5), WEIGHTS, 2)
+            losses = bigan_latent.train_step(nets, optimizer, None, EX7, 2, *bigan_latent.draw_batch(images[:4], 5))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(loss.isfinite() and loss.device.type == "cuda" for loss in losses.values())
