@@ -1,6 +1,4 @@
-"""Autoencoding generative adversarial networks (Conor Lazarou, 2020).
-
-https://arxiv.org/abs/2004.05472, the author's code: https://github.com/ConorLazarou/AEGAN-keras
+"""Autoencoding generative adversarial networks (Conor Lazarou, 2020, https://arxiv.org/abs/2004.05472).
 
 Four networks: a generator G from latents to images, an encoder E from images to latents, and a discriminator on either
 side, D_x of images and D_z of latents. G and E must fool them with what they make of real latents and images, x_hat and
@@ -14,21 +12,20 @@ began with. So G and E become each other's inverse. G has to give back every tra
 paper -> code
     Section 3.1  x, z; x_hat = G(z), z_hat = E(x), x_tilde = G(E(x)), z_tilde = E(G(z))
     Figure 2     the four networks                    Generator, Encoder, ImageDiscriminator, LatentDiscriminator
-    Eq. 1        the GAN, a baseline                  gan_losses, --model gan
     Eq. 2-5      adversarial losses                   discriminator_loss (for D), generator_loss (for G, E)
     Eq. 6, 7     reconstruction, the whole objective  aegan_losses; which loss moves which network: train_step
-    Section 4    the AAE, a baseline                  aae_losses, --model aae
+    Eq. 1, Sec. 4  the baselines GAN and AAE          gan_losses, aae_losses; --model
     Figure 1     interpolation between real images    save_interpolations
     Figures 3, 4 samples; pairs of x and x_tilde      save_figures
     Sec. 4.1     "total mode collapse" of the GAN     sample_diversity
 
 Rulings, where the paper is silent or contradicts itself
-    - It names no architecture and no weights: numbers that cite no section are the author's code's, or Adam's usual.
+    - It names no architecture and no weights: numbers that cite no section are those of the author's code, to which it
+      refers, https://github.com/ConorLazarou/AEGAN-keras, or Adam's usual.
     - G and E minimise -log D(fake), and only the discriminators' labels are smoothed, as in that code.
     - The norms of Eq. 6 are means, over pixels and over latent dimensions, the second one squared, as in that code.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
     - Eq. 4 and 5 print their expectations with x and z swapped: the real latents are the prior's.
-    - The AAE is that of Makhzani et al., whom the paper cites: Eq. 4 and the image term of Eq. 6.
 Departures
     - The players take turns in the paper; in its code G and E step against a D that has stepped, and D's fakes are made
       in evaluation mode. Here all step at once, from one forward pass in training mode.
@@ -236,7 +233,7 @@ def gan_losses(nets, x, z, weights):
 
 
 def aae_losses(nets, x, z, weights):
-    """The AAE of Section 4, G, E and D_z: of Eq. 7, Eq. 4 and half of Eq. 6. Otherwise as aegan_losses."""
+    """The AAE (Makhzani et al.) of Section 4, G, E and D_z: Eq. 4 and half of Eq. 6. Otherwise as aegan_losses."""
     z_hat = nets["E"](x)
     r_x = F.l1_loss(nets["G"](z_hat), x)  # Eq. 6
     d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
@@ -326,12 +323,14 @@ def save_figures(nets, data, z, out, step, last=True):
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse; ours (Section 4.1).
-
-    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1; None if the images are all the same.
-    """
+    """The mean distance of two samples over that of two images, [N, 3, S, S]: 0 in total collapse, None for one image."""
     a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
     return a / b if b > 0 else None
+
+
+def neighbour_difference(x):
+    """The mean absolute difference of neighbouring pixels of images [N, 3, S, S]: less where they are blurred."""
+    return (x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()) / 2
 
 
 @torch.no_grad()
@@ -340,14 +339,17 @@ def measure(nets, data, z):
     nets.eval()
     G, E = nets["G"], nets["E"] if "E" in nets else None
     mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
-    l1 = l1_of_mean_image = 0.0
+    sums = torch.zeros(4)
     for x in map(to_float, data.heldout.to(z.device).split(250)):
-        l1 += F.l1_loss(G(E(x)), x, reduction="sum").item() if E else 0
-        l1_of_mean_image += F.l1_loss(mean_image.expand_as(x), x, reduction="sum").item()
+        x_tilde = G(E(x)) if E else mean_image.expand_as(x)
+        means = F.l1_loss(mean_image.expand_as(x), x), F.l1_loss(x_tilde, x), *map(neighbour_difference, (x_tilde, x))
+        sums += len(x) / len(data.heldout) * torch.tensor(means)
+    l1_of_mean_image, l1, edges, edges_of_x = sums.tolist()
     x_hat = G(z)
     return {
-        "heldout_l1": l1 / data.heldout.numel() if E else None,
-        "heldout_l1_of_mean_image": l1_of_mean_image / data.heldout.numel(),
+        "heldout_l1": l1 if E else None,
+        "heldout_l1_of_mean_image": l1_of_mean_image,
+        "sharpness": edges / edges_of_x if E and edges_of_x else None,  # 1 where reconstructions lose nothing
         "latent_mse": F.mse_loss(E(x_hat), z).item() if E else None,
         "sample_diversity": sample_diversity(x_hat, to_float(data.heldout[: len(z)].to(z.device))),
     }

@@ -1,6 +1,6 @@
 """Toward better reconstruction of style images with GANs (Lorbert, Ben-Zvi, Ciptadi, Oks, Tyagi, 2017).
 
-https://www.amazon.science/publications/toward-better-reconstruction-of-style-images-with-gans
+https://pdfslide.us/documents/toward-better-reconstruction-of-style-images-with-gans-the-rationale-of-using-gans.html
 
 A BiGAN: a generator G from latents to images, an encoder E from images to latents, and one discriminator D that tells
 pairs (x, E(x)) from pairs (G(z), z). At its optimum G and E are each other's inverse; in practice they are not. The
@@ -351,12 +351,14 @@ def save_figures(nets, data, z, out, step, last=True):
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse; ours.
-
-    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1; None if the images are all the same.
-    """
+    """The mean distance of two samples over that of two images, [N, 3, S, S]: 0 in total collapse, None for one image."""
     a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
     return a / b if b > 0 else None
+
+
+def neighbour_difference(x):
+    """The mean absolute difference of neighbouring pixels of images [N, 3, S, S]: less where they are blurred."""
+    return (x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()) / 2
 
 
 @torch.no_grad()
@@ -365,21 +367,27 @@ def measure(nets, data, z):
     nets.eval()
     G, E, D = nets["G"], nets["E"], nets["D"]
     mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
-    results = defaultdict(float)
+    results, edges = defaultdict(float), 0.0
     for x in map(to_float, data.heldout.to(z.device).split(250)):
         z_hat = E(x)
         x_tilde, share = G(z_hat), len(x) / len(data.heldout)
         results["heldout_l1"] += share * F.l1_loss(x_tilde, x).item()
         results["heldout_l1_of_mean_image"] += share * F.l1_loss(mean_image.expand_as(x), x).item()
+        results["sharpness"] += share * neighbour_difference(x_tilde).item()
+        edges += share * neighbour_difference(x).item()
         results["autodecoder_q"] += share * penalty(E(x_tilde), z_hat).item()  # Eq. 7
         results["d_on_real"] += share * percent(D, x, z_hat).mean().item()
         results["d_on_reconstructions"] += share * percent(D, x_tilde, z_hat).mean().item()
     x_hat = G(z)
-    return results | {
-        "d_on_samples": percent(D, x_hat, z).mean().item(),
-        "latent_l1": F.l1_loss(E(x_hat), z).item(),
-        "sample_diversity": sample_diversity(x_hat, to_float(data.heldout[: len(z)].to(z.device))),
-    }
+    return (
+        results
+        | {
+            "sharpness": results["sharpness"] / edges if edges else None,  # 1 where reconstructions lose nothing
+            "d_on_samples": percent(D, x_hat, z).mean().item(),
+            "latent_l1": F.l1_loss(E(x_hat), z).item(),
+            "sample_diversity": sample_diversity(x_hat, to_float(data.heldout[: len(z)].to(z.device))),
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -325,10 +325,7 @@ def save_figures(nets, data, z, out, step, p, last=True):
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images: about 1, or 0 in total collapse; ours.
-
-    samples: [N, 3, S, S], images: [M, 3, S, S], N, M > 1; None if the images are all the same.
-    """
+    """The mean distance of two samples over that of two images, [N, 3, S, S]: 0 in total collapse, None for one image."""
     a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
     return a / b if b > 0 else None
 
