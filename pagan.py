@@ -325,7 +325,7 @@ def save_figures(nets, data, z, out, step, p, last=True):
 
 
 def sample_diversity(samples, images):
-    """The mean distance of two samples over that of two images, [N, 3, S, S]: 0 in total collapse, None for one image."""
+    """Mean distance of samples over that of images, [N, 3, S, S]: 0 in total collapse, None if all images are one."""
     a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
     return a / b if b > 0 else None
 

@@ -122,7 +122,7 @@ def test_the_networks_layer_by_layer(size):
     for gain, shift, kernel in zip(convs[::3], convs[1::3], convs[2::3], strict=True):
         h = F.conv_transpose2d(batch_norm(h, gain, shift).relu(), kernel, stride=2, padding=1)
     torch.testing.assert_close(nets["G"](z), (h + bias[:, None, None]).tanh())
-    assert h.shape == (3, 3, size, size) and h.std() > 0.1
+    assert h.shape == (3, 3, size, size) and h.std() > 0.01
     *convs, dense, bias = nets["E"].parameters()
     torch.testing.assert_close(nets["E"](x), F.linear(convolve(convs, x), dense, bias))
     torch.testing.assert_close(nets["D"](x[:3], z), discriminate(nets["D"].parameters(), x[:3], z))
@@ -143,7 +143,6 @@ def test_batch_norm_dropout_and_initial_weights_are_the_paper_s():
     weighty = [m for m in nets.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     for m in weighty:
         assert abs(m.weight.std().item() / 0.02 - 1) < 3 / math.sqrt(2 * m.weight.numel())
-        assert abs(m.weight.mean().item()) < 4 * 0.02 / math.sqrt(m.weight.numel())
         assert m.bias is None or (m.bias == 0).all()
     weights = torch.cat([m.weight.flatten() for m in weighty])
     assert (weights.abs() > 0.04).float().mean().item() == pytest.approx(0.0455, abs=2e-3)  # as of a Gaussian
@@ -351,7 +350,7 @@ def mean_step(images):
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_measure_against_numpy(stochastic):
-    nets = tiny(3, stochastic=stochastic)[0].float()
+    nets = tiny(3, channels=4, stochastic=stochastic)[0].float()
     other = copy.deepcopy(nets).eval()
     z, images = torch.rand(20, 5) * 2 - 1, torch.randint(256, (1400, 3, 16, 16), dtype=torch.uint8)
     data = Data(images[:1100] // 2, images[1100:], (), None, None)
@@ -374,7 +373,7 @@ def test_measure_against_numpy(stochastic):
             "sample_diversity": mean_distance(x_hat) / mean_distance(x[:20]),
             "sharpness": mean_step(x_tilde) / mean_step(x),
         }
-    assert results == pytest.approx(expected, rel=1e-4)
+    assert results == pytest.approx(expected, rel=1e-4) and results["sharpness"] > 0.01
     flat = bigan_latent.measure(nets, data._replace(heldout=torch.full_like(images[:30], 7)), z)
     assert [name for name, value in flat.items() if value is None] == ["sharpness", "sample_diversity"]
 
@@ -383,7 +382,7 @@ def test_measure_against_numpy(stochastic):
 def test_figures_show_what_they_say(monkeypatch, tmp_path, last):
     shown = {}
     monkeypatch.setattr(bigan_latent, "save_grid", lambda path, *args, **kwargs: shown.update({path: (args, kwargs)}))
-    nets = tiny(3, stochastic=True)[0].float()
+    nets = tiny(3, channels=4, stochastic=True)[0].float()
     other = copy.deepcopy(nets).eval()
     images, z = draw_faces(25, 16)[0], torch.rand(256, 5) * 2 - 1
     bigan_latent.save_figures(nets, Data(images[:11], images[11:], (), None, None), z, tmp_path, 70, last)
@@ -403,7 +402,7 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path, last):
     for (batches, options), (pictures, settings) in zip(shown.values(), [*expected, ((rows,), {"columns": 10})]):
         assert options == settings
         torch.testing.assert_close(batches, pictures, atol=1e-5, rtol=1e-5)
-    assert len({*texts[1], *texts[2]}) > 5
+    assert len({*texts[1], *texts[2]}) > 5 and (line[0][:1].lerp(line[0][7:], 3 / 7) - line[0][3]).abs().max() > 1e-2
     assert bigan_latent.captions(torch.tensor([0.2, 7.6, 42.0, 99.9])) == ["00", "08", "42", "99"]
 
 
@@ -412,8 +411,7 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path, last):
 
 def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures = {f"samples_{step}": (10, 10, 1) for step in (2, 4, 5)}
-    pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)}
-    pictures |= {"figure_interpolations": (10, 1, 1)}
+    pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)} | {"figure_interpolations": (10, 1, 1)}
     arguments = ["--data", photos, *TINY, "--steps", 5]
     out, results, header, rows = run_as_a_user("bigan_latent", *arguments, cwd=tmp_path, pictures=pictures)
     assert out.startswith("EX7 on 27 images of ") and "on cpu, into runs/bigan_latent/" in out
@@ -449,8 +447,8 @@ def test_without_alexnet_s_weights_a_run_ends_before_training(photos, tmp_path, 
     small = ["--data", photos, *TINY, "--unroll", 0, "--steps", 1]
     for options in (["--experiment", "EX9"], ["--lambda-3", 0.1]):
         result = cli(bigan_latent, *small, *options, "--out", tmp_path / "9")
-        cache = f"{torch.hub.get_dir()}/checkpoints"
-        assert_refused(result, "--lambda-3", "alexnet-owt-7be5be79.pth", cache, str(error).split("\n")[0])
+        words = "--lambda-3", "alexnet-owt-7be5be79.pth", f"{torch.hub.get_dir()}/checkpoints"
+        assert_refused(result, *words, str(error).split("\n")[0])
         assert files(tmp_path) == [] and result.out == ""
     assert cli(bigan_latent, *small, "--experiment", "EX8", "--out", tmp_path / "8").status == 0
 
@@ -491,8 +489,7 @@ def test_the_defaults_are_the_paper_s():
     args, _ = bigan_latent.parse_args(["--out", "nowhere"])
     assert (args.steps, args.batch_size, args.image_size, args.latent_dim, args.channels) == (200_000, 32, 64, 100, 64)
     assert (args.lr, args.unroll, args.experiment, args.stochastic_encoder) == (2e-4, 8, "EX7", False)
-    table_1 = [(a, b, c) for a in (0.05, 1, 2.5) for b, c in ((0, 0), (1, 0), (0, 1))]
-    for i, row in enumerate(table_1):
+    for i, row in enumerate((a, b, c) for a in (0.05, 1, 2.5) for b, c in ((0, 0), (1, 0), (0, 1))):  # Table 1
         args, _ = bigan_latent.parse_args(["--out", "nowhere", "--experiment", f"EX{i + 1}"])
         assert (args.lambda_1, args.lambda_2, args.lambda_3) == row
     args, _ = bigan_latent.parse_args(["--out", "nowhere", "--experiment", "EX3", "--lambda-2", "0.2", "--quick"])
