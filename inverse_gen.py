@@ -351,13 +351,13 @@ def distances(queries, gallery):
 
 def nearest(distance):
     """The share of each gallery image in the nearest of each query, [Q, M]: 1, or less where several are as near."""
-    first = (distance == distance.min(1, keepdim=True).values).float()
+    first = (distance == distance.min(1, keepdim=True).values).double()
     return first / first.sum(1, keepdim=True)
 
 
 def label_agreement(distance, query_labels, gallery_labels):
     """Table 2: the share of the labels bool [Q, A] that the nearest gallery image, of labels bool [M, A], has, too."""
-    share = nearest(distance).double() @ gallery_labels.double()
+    share = nearest(distance) @ gallery_labels.double()
     return torch.where(query_labels, share, 1 - share).mean().item()
 
 
@@ -447,8 +447,7 @@ def measure_inversion(nets, invert, data, z):
     G, x = nets["G"], generate(nets["G"], z)
     z_prime = torch.cat([invert(part) for part in x.split(250)])
     results = {"dhash_similarity": hash_similarity(dhash(x), dhash(generate(G, z_prime)))}
-    x.sum().item()  # waits for the device, which is warm now
-    start = time.perf_counter()
+    start = time.perf_counter()  # the device is warm, and has done what it had to do
     torch.cat([invert(part) for part in x.split(250)]).sum().item()
     results["inversions_per_second"] = len(x) / (time.perf_counter() - start)
     blurred = blur(x)
@@ -511,9 +510,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint if checkpoint[NAME] else None
     except Exception:  # torch.load raises many kinds on what is no checkpoint
-        fail(
-            f"{path} is not a checkpoint of {NAME}.py: give that of a run, or leave out --resume, --query, --generator"
-        )
+        fail(f"{path} is not a checkpoint of {NAME}.py, which --resume, --query and --generator need")
 
 
 def parse_args(argv):
@@ -534,7 +531,7 @@ def parse_args(argv):
     add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
-    add("--steps", type=int, default=50_000, help="updates of IG, after those (bigan: of all; search: unused)")
+    add("--steps", type=int, default=50_000, help="updates of IG, after those (bigan: of all; search: none)")
     add("--batch-size", type=int, default=64, help="images a step (Appendix)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Table 4)")
     add("--latent-dim", type=int, default=100, help="dimensions Z of the latents (Table 3)")
@@ -548,7 +545,7 @@ def parse_args(argv):
 
     args, checkpoint, sizes = parser.parse_args(argv), None, {}
     path = Path(args.out, "checkpoint.pt")
-    if args.resume or args.query:
+    if args.resume or args.query is not None:
         checkpoint = load_checkpoint(path)
         parser.set_defaults(**checkpoint[NAME])
     elif path.exists():
@@ -574,7 +571,7 @@ def parse_args(argv):
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
     if args.resume and total_steps(args) < checkpoint["step"]:
         fail(f"{args.out} is at step {checkpoint['step']} already, beyond --gan-steps and --steps {args.steps}")
-    if args.query and args.method in ("aegan", "direct") and checkpoint["step"] <= args.gan_steps:
+    if args.query is not None and args.method in ("aegan", "direct") and checkpoint["step"] <= args.gan_steps:
         fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
     return args, checkpoint
 
@@ -596,7 +593,7 @@ def main(argv=None):
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
         option = f"--data {args.data}"
         data = load_data(args.data, args.image_size, args.batch_size)
-        if args.query:
+        if args.query is not None:
             option = f"--query {args.query}"
             query = read_image(args.query, args.image_size)
         option = f"--out {out}"
@@ -625,7 +622,7 @@ def main(argv=None):
         nets["G"].load_state_dict({name[2:]: weight for name, weight in weights.items() if name.startswith("G.")})
     print(f"{args.method} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
 
-    images, end = place_images(data.train, device), begin if args.query else total_steps(args)
+    images, end = place_images(data.train, device), begin if args.query is not None else total_steps(args)
     last_step, start = begin, time.perf_counter()
     for step in range(begin + 1, end + 1):
         if step in (begin + 1, args.gan_steps + 1):  # "First we train the GAN's generator G", then IG (Section 3.2)
@@ -662,7 +659,7 @@ def main(argv=None):
 
     nets.eval()
     print(f"searching among {min(args.gallery, len(data.train))} images", flush=True)
-    if args.query:
+    if args.query is not None:
         return save_query(out / "query.png", invert, query, data, args.gallery, device)
     gallery = data.train[: args.gallery]
     described = describe((to_unit(part.to(device)) for part in gallery.split(250)), invert)

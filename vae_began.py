@@ -228,7 +228,7 @@ def vae_began_losses(nets, weights, x, z_g, epsilon):
 
 
 def began_losses(nets, weights, x, z_g, epsilon):
-    """BEGAN, and with a beta BEGAN* + LSM: without E, so L_s is of x and x_g. Otherwise as vae_began_losses."""
+    """BEGAN, and with a beta BEGAN* + LSM: no E, L_s of x and x_g, so z_g is [N, Z]. Otherwise as vae_began_losses."""
     k, x_g = nets["controller"].k.clone(), nets["G"](z_g)
     x_prime, z_prime = nets["D"](torch.cat([x, x_g]))
     x_prime_d, x_prime_g = x_prime.split([len(x), len(z_g)])
