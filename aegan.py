@@ -29,7 +29,8 @@ Rulings, where the paper is silent or contradicts itself
 Departures
     - The players take turns in the paper; in its code G and E step against a D that has stepped, and D's fakes are made
       in evaluation mode. Here all step at once, from one forward pass in training mode.
-    - --alpha, from that code, weighs Eq. 2 to 5 for G and E alone. --quick divides it by 20, --lambda-rz by 10.
+    - --alpha, from that code, weighs Eq. 2 to 5 for G and E alone. --quick has a 20th of it, a 10th of lambda_rz, and
+      2.5 times the learning rate of G and E.
     - Batches are drawn with replacement; each image is mirrored with probability 1/2, for the paper's mirrored copies.
     - Other image sizes keep six layers and the 4x4 bottleneck; the number of layers that resize varies.
     - Default data are drawn faces, not anime's. A tenth is held out, and pictures and results show only that.
@@ -380,9 +381,9 @@ def parse_args(argv):
     add("--batch-size", type=int, default=16, help="images a step (Section 4)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 4)")
     add("--latent-dim", type=int, default=32, help="dimensions Z of the latents (Section 4)")
-    add("--channels", type=int, default=64, help="width of the narrowest layers; others are 2 or 4 times as wide")
+    add("--channels", type=int, default=64, help="width of the narrowest layers (the author's code)")
     add("--no-flip", action="store_true", help="do not add mirror images (Section 4)")
-    add("--lr", type=float, default=2e-4, help="learning rate of G and E")
+    add("--lr", type=float, default=2e-4, help="learning rate of G and E (the author's code, as those below)")
     add("--lr-discriminator", type=float, default=5e-4, help="learning rate of D_x and D_z")
     add("--alpha", type=float, default=1.0, help="weight of L_GAN (Eq. 2 to 5) for G and E")
     add("--lambda-rx", type=float, default=10.0, help="weight of image reconstruction (Eq. 6)")
