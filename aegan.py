@@ -14,21 +14,22 @@ paper -> code
     Figure 2     the four networks                    Generator, Encoder, ImageDiscriminator, LatentDiscriminator
     Eq. 2-5      adversarial losses                   discriminator_loss (for D), generator_loss (for G, E)
     Eq. 6, 7     reconstruction, the whole objective  aegan_losses; which loss moves which network: train_step
-    Eq. 1, Sec. 4  the baselines GAN and AAE          gan_losses, aae_losses; --model
+    Section 4    the baselines GAN (Eq. 1) and AAE    gan_losses, aae_losses; --model
     Figure 1     interpolation between real images    save_interpolations
     Figures 3, 4 samples; pairs of x and x_tilde      save_figures
-    Sec. 4.1     "total mode collapse" of the GAN     sample_diversity
+    Section 4.1  "total mode collapse" of the GAN     sample_diversity
 
 Rulings, where the paper is silent or contradicts itself
     - It names no architecture and no weights: numbers that cite no section are those of the author's code, to which it
       refers, https://github.com/ConorLazarou/AEGAN-keras, or Adam's usual.
-    - G and E minimise -log D(fake), and only the discriminators' labels are smoothed, as in that code.
-    - The norms of Eq. 6 are means, over pixels and over latent dimensions, the second one squared, as in that code.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
     - Eq. 4 and 5 print their expectations with x and z swapped: the real latents are the prior's.
+    - The AAE has Eq. 4 and the image half of Eq. 6, as in that code.
 Departures
-    - The players take turns in the paper; in its code G and E step against a D that has stepped, and D's fakes are made
-      in evaluation mode. Here all step at once, from one forward pass in training mode.
+    - G and E minimise -log D(fake), not log(1 - D(fake)), and only D's labels are smoothed, as in that code.
+    - The norms of Eq. 6 are means, over pixels and over latent dimensions, the second one squared, as in that code.
+    - There D takes four steps, one kind of batch each, then G and E four against it, on fresh batches. Here each takes
+      one, all at one point, on the sum of its terms, which is what is clipped; D's fakes have E's noise.
     - --alpha, from that code, weighs Eq. 2 to 5 for G and E alone. --quick has a 20th of it, a 10th of lambda_rz, and
       2.5 times the learning rate of G and E.
     - Batches are drawn with replacement; each image is mirrored with probability 1/2, for the paper's mirrored copies.
@@ -218,16 +219,16 @@ def aegan_losses(nets, x, z, weights):
     L_D_z = discriminator_loss(d_z, d_z_hat) + discriminator_loss(d_z, d_z_tilde)  # Eq. 4, Eq. 5
     GAN_x_hat, GAN_x_tilde = generator_loss(d_x_hat), generator_loss(d_x_tilde)  # Eq. 2, Eq. 3
     GAN_z_hat, GAN_z_tilde = generator_loss(d_z_hat), generator_loss(d_z_tilde)  # Eq. 4, Eq. 5
-    L_GAN = GAN_x_hat + GAN_x_tilde + GAN_z_hat + GAN_z_tilde
+    L_GAN = GAN_x_hat + GAN_x_tilde + GAN_z_hat + GAN_z_tilde  # Section 3.1, the sum
     r_x, r_z = F.l1_loss(x_tilde, x), F.mse_loss(z_tilde, z)  # means of |x_tilde - x| and (z_tilde - z)^2
     L_r = weights["lambda_rx"] * r_x + weights["lambda_rz"] * r_z  # Eq. 6
-    losses = {"L_D_x": L_D_x, "L_D_z": L_D_z, "L_G_E": weights["alpha"] * L_GAN + L_r}  # Eq. 7
+    losses = {"L_D_x": L_D_x, "L_D_z": L_D_z, "L_G_E": weights["alpha"] * L_GAN + L_r}  # Eq. 7; alpha: the code's
     losses |= {"GAN_x_hat": GAN_x_hat, "GAN_x_tilde": GAN_x_tilde, "GAN_z_hat": GAN_z_hat, "GAN_z_tilde": GAN_z_tilde}
     return losses | {"r_x": r_x, "r_z": r_z}
 
 
 def gan_losses(nets, x, z, weights):
-    """The GAN of Section 4, G and D_x: Eq. 1, which is Eq. 2 of Eq. 7. Otherwise as aegan_losses."""
+    """The GAN of Section 4, G and D_x: Eq. 1, that is Eq. 2 without the rest of Eq. 7. Otherwise as aegan_losses."""
     d_x, d_x_hat = nets["D_x"](torch.cat([x, nets["G"](z)])).split([len(x), len(z)])
     L_D_x, GAN_x_hat = discriminator_loss(d_x, d_x_hat), generator_loss(d_x_hat)  # Eq. 2
     return {"L_D_x": L_D_x, "L_G_E": weights["alpha"] * GAN_x_hat, "GAN_x_hat": GAN_x_hat}
@@ -257,7 +258,7 @@ def build_optimizer(nets, lr, lr_discriminator):
 
 
 def draw_batch(images, latent_dim, flip):
-    """x: the images uint8 [N, 3, S, S] in [-1, 1], mirrored at random if flip; z ~ N(0, I): [N, Z]."""
+    """x: the images (uint8 [N, 3, S, S]) in [-1, 1], mirrored at random if flip; z ~ N(0, I): [N, Z]."""
     x = to_float(images)
     x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x) if flip else x
     return x, torch.randn(len(x), latent_dim, device=x.device)
@@ -449,7 +450,7 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    print(f"{args.model} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
+    print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
 
     images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
     last_step, start = begin, time.perf_counter()

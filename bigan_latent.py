@@ -18,7 +18,8 @@ paper -> code
     Eq. 1-3      the objective of a BiGAN               discriminator_loss (for D), generator_loss (for G, E)
     Eq. 4, 6     penalties on pixels and on latents     penalty
     Eq. 5        penalty on features                    feature_penalty; Features is H
-    Eq. 7        the other penalty on latents           measure: autodecoder_q (not used for training)
+    Eq. 7        the other penalty on latents, L_AD'    measure: autodecoder_q (not used for training)
+    Footnote 1   a variance of E                        Encoder; --stochastic-encoder
     Eq. 8        the whole objective                    bigan_losses; which loss moves which network: train_step
     Section 5    the pseudo-Huber loss of Figure 4      pseudo_huber
     Section 5    8 discriminator unrolling steps        unrolled_logits, adam_step
@@ -27,17 +28,18 @@ paper -> code
     Section 1    a walk through the latent space        save_interpolations
     Section 5    mode collapse; who fools D             sample_diversity; measure: d_on_reconstructions, ...
 
-Rulings, where the paper is silent
+Rulings, where the paper is silent or contradicts itself
+    - Section 3 also calls G's distribution q(x|z) and E's p(z|x): swapped. In process p, z is drawn first.
     - The text of Figures 1-3 names only kinds of layers. Widths and kernels are soumith/dcgan.torch's; D has E's
-      convolutions for x, a dense layer for z, and one of 128 units, with dropout, for both. No bias before batch norm.
+      convolutions for x, a dense layer of 8c = 512 units for z, and one of 2c = 128, with dropout, for both.
     - Decay 0.97 and dropout 0.8 are TensorFlow's: momentum 0.03 and a probability of 0.2 in torch. Epsilon is torch's.
     - In training each batch of D is normalised by itself: (x, E(x)) and (G(z), z) are two. Pictures and results use the
       running averages, which every pass moves but the unrolled ones.
     - The pseudo-Huber of Eq. 4, 6 and 7 is taken of each coordinate and averaged: Section 4 wants each dimension of z
       reconstructed. In Eq. 5 it is taken of the norm, since H has length 1 and 9,216 coordinates.
-    - H is torchvision's AlexNet, of images resized to 224x224; the last of its features is pool5.
+    - H is torchvision's AlexNet, the narrower one of 2014, of images resized to 224x224; its last feature is pool5.
     - Unrolling is that of Metz et al.: G and E see D after K Adam steps on the batch, from D's weights and moments, and
-      have gradients through them. D's real label is 0.9 in them, too; every pass draws its own dropout.
+      have gradients through them. D's real label is 0.9 in them, too, but not for G and E; dropout is drawn anew.
     - Of the techniques of Salimans et al., whom the paper cites, there is the one it names: label smoothing.
     - Adam's second moment decays with 0.999. Weights start from N(0, 0.02), batch norm's from 1, not N(1, 0.02).
 Departures
@@ -111,7 +113,7 @@ def conv_stack(image_size, channels):
 
 
 class Generator(nn.Sequential):
-    """G: latents z [N, Z] in [-1, 1] -> images x_hat [N, 3, S, S] in [-1, 1]."""
+    """G: latents [N, Z], z in [-1, 1] or E(x), which is unbounded -> images [N, 3, S, S] in [-1, 1]."""
 
     def __init__(self, image_size, channels, latent_dim):
         widths = conv_widths(image_size, channels)[::-1]
@@ -281,7 +283,7 @@ def build_optimizer(nets, lr):
 
 
 def draw_batch(images, latent_dim):
-    """x: the images uint8 [N, 3, S, S] in [-1, 1]; z ~ U[-1, 1]^Z: [N, Z]."""
+    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; z ~ U[-1, 1]^Z: [N, Z]."""
     return to_float(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
 
@@ -375,7 +377,7 @@ def measure(nets, data, z):
         results["heldout_l1_of_mean_image"] += share * F.l1_loss(mean_image.expand_as(x), x).item()
         results["sharpness"] += share * neighbour_difference(x_tilde).item()
         edges += share * neighbour_difference(x).item()
-        results["autodecoder_q"] += share * penalty(E(x_tilde), z_hat).item()  # Eq. 7
+        results["autodecoder_q"] += share * penalty(E(x_tilde), z_hat).item()  # Eq. 7, L_AD'
         results["d_on_real"] += share * percent(D, x, z_hat).mean().item()
         results["d_on_reconstructions"] += share * percent(D, x_tilde, z_hat).mean().item()
     x_hat = G(z)
@@ -485,7 +487,9 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    print(f"{args.experiment} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
+    print(
+        f"{args.experiment} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True
+    )
 
     images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, H, vars(args), args.unroll)
     last_step, start = begin, time.perf_counter()

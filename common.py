@@ -58,7 +58,9 @@ def load_data(name, size, batch_size=1, seed=0, root="data"):
         raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least 20")
     split = len(images) - len(images) // 10
     if split < batch_size:
-        raise DataError(f"{name} has {split} images to train on, fewer than --batch-size {batch_size}")
+        raise DataError(
+            f"{name} has {split} images to train on, fewer than --batch-size {batch_size}: give it {split} or less"
+        )
     return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:], tuple(paths))
 
 

@@ -12,7 +12,7 @@ The codes IG(x) of real images say what they show: the nearest code finds a simi
     python inverse_gen.py --out runs/photos --query me.jpg   # which of its training images are most like this one
 
 paper -> code
-    Section 3    noise z, x = G(z), z' = IG(x), x' = G(z'); theta_g, theta_ig: parameters of G, IG
+    Section 3    noise z, x = G(z), z' = IG(x), x' = G(z'), where G(z) is generate(G, z); E of Eq. 1 is IG
     Tables 3-5   G, D, IG                             Generator, Discriminator, InverseGenerator
     Table 6      D of the BiGAN                       PairDiscriminator
     Eq. 1        the BiGAN, a baseline                bigan_losses; --method bigan
@@ -20,7 +20,7 @@ paper -> code
     Eq. 3        direct training, a baseline          direct_losses; --method direct
     Eq. 4        the DCGAN                            gan_losses; discriminator_loss, generator_loss
     Eq. 5, 7     cross-entropy V(x)                   cross_entropy
-    Algorithm 1  steps 1-4, Eq. 6 to 8                aegan_losses, train_step
+    Algorithm 1  the paper's AEGAN, Eq. 6 to 8        aegan_losses, train_step (not the AEGAN of aegan.py)
     Figure 2     reconstructed samples                save_figures
     Table 1      their similarity by dHash            dhash, hash_similarity; measure_inversion: dhash_similarity
     Figure 3     search with changed images           change_images, save_found; measure_search: search_top1
@@ -31,21 +31,22 @@ paper -> code
 
 Rulings, where the paper is silent or contradicts itself
     - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
-      Algorithm 1 means Eq. 5. 16x16 and 32x32 images leave out the widest layers.
+      Algorithm 1 means Eq. 5; its IG(G(x)) is IG(G(z)). 16x16 and 32x32 images leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - Weights start from N(0, 0.02), leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment decays with 0.999. Both
-      stages take 50,000 steps; the BiGAN, which has one stage, all of them.
-    - Eq. 3 and 5 are means over dimensions or pixels. Eq. 2 starts from z = 0 and keeps z in [-1, 1].
+    - Weights start from N(0, 0.02), batch norm's from 1, leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment
+      decays with 0.999. Both stages take 50,000 steps; the BiGAN, which has one stage, all of them.
+    - Eq. 3, without labels as in Section 4.1, and 5 are means over dimensions or pixels. Eq. 8 prints a plain gradient
+      step, the Appendix has Adam. Eq. 2, which is not measured in the paper, starts from z = 0, kept in [-1, 1].
     - dHash: 9x8 grey pixels, 64 bits. pHash: the lowest 8x8 frequencies of 32x32 grey pixels, above their median or
       not. Colour histogram: 8x8x8 bins, compared by intersection.
-    - Figure 3's changes: change_images. They are scored on up to 256 images: how often the original comes first; where
-      several are nearest, its share. Figure 3 shows 16 queries, Figure 4 64, each with one result a method.
+    - Figure 3 has 16 queries, four images changed in four ways not three of one image; Figure 4 has 64.
+      Both, and Tables 1 and 2, are scored on up to 256 images; where several are nearest, each has its share.
 Departures
     - G minimises -log D(G(z)), as DCGAN does; G and IG of the BiGAN have labels swapped, as in BiGAN's code.
     - D and G step at once (in DCGAN D first); D(x) and D(G(z)) are normalised each by its own batch, as there. The two
       kinds of pairs of the BiGAN are normalised by one, or samples collapse.
-    - Eq. 3 has no labels here, Eq. 8 is Adam's step, and Table 2 takes up to 256 held-out images, not 64.
-    - Default data are drawn faces. A tenth is held out; nine tenths train. Differences are given for [-1, 1].
+    - Default data are drawn faces. A tenth is held out; nine tenths, in random order, train and are the gallery, which
+      Figure 3's queries are from. Differences are given for [-1, 1].
 """
 
 import argparse
@@ -71,7 +72,7 @@ IMAGE_SIZES = (16, 32, 64)
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
-BLUR = 1 / 16  # standard deviation of Figures 3 and 5, in sides of the image
+BLUR = 1 / 16  # standard deviation of Figure 5, and of our blur in Figure 3, in sides of the image
 FREE = ("search_steps", "search_rate", "gallery")  # what a resumed run may change, beside steps and intervals
 QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 1500, "gallery": 2000}
 QUICK |= {"save_every": 1000}
@@ -168,7 +169,7 @@ def generate(G, z):
 
 
 def discriminator_loss(d_real, d_fake):
-    """Eq. 4, and 1, as D minimises them: -E[log D(real)] - E[log(1 - D(fake))].
+    """Eq. 4 and Eq. 1 as D minimises them: -E[log D(real)] - E[log(1 - D(fake))].
 
     d_real, d_fake: D's logits [N, 1] of x and G(z), or of (x, IG(x)) and (G(z), z).
     """
@@ -181,9 +182,9 @@ def generator_loss(d_fake):
 
 
 def cross_entropy(logits, x):
-    """Eq. 5 and 7, V(x): -x log x' - (1 - x) log(1 - x'), the mean over pixels; x' is the sigmoid of G's logits.
+    """Eq. 5, Eq. 7, V(x): -x log x' - (1 - x) log(1 - x'), the mean over pixels; x' is the sigmoid of G's logits.
 
-    logits: G(IG(x)), x: images in [0, 1]; [N, 3, S, S]. Least where x' = x; 0 only where x is 0 or 1, too.
+    logits: what the network G gives for IG(x), x: images in [0, 1]; [N, 3, S, S]. Least where x' = x.
     """
     return F.binary_cross_entropy_with_logits(logits, x)
 
@@ -199,7 +200,7 @@ def aegan_losses(nets, _, z):
     with torch.no_grad():
         x = generate(nets["G"], z)  # step 1
     z_prime = nets["IG"](x)  # step 2, Eq. 6: z'
-    logits = nets["G"](z_prime)  # whose sigmoid is x'
+    logits = nets["G"](z_prime)  # step 2, Eq. 6: x' before its sigmoid
     return {"L_IG": cross_entropy(logits, x)}  # step 3, Eq. 7
 
 
@@ -229,7 +230,7 @@ def build_optimizer(nets, lr):
 
 
 def draw_batch(images, latent_dim):
-    """x: the images uint8 [N, 3, S, S] in [0, 1]; z ~ U(-1, 1): [N, Z]."""
+    """x: the images (uint8 [N, 3, S, S]) in [0, 1]; z ~ U(-1, 1): [N, Z]."""
     return to_unit(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
 
@@ -356,7 +357,7 @@ def nearest(distance):
 
 
 def label_agreement(distance, query_labels, gallery_labels):
-    """Table 2: the share of the labels bool [Q, A] that the nearest gallery image, of labels bool [M, A], has, too."""
+    """Table 2: the share of labels in which queries, bool [Q, A], and the nearest of the gallery, [M, A], agree."""
     share = nearest(distance) @ gallery_labels.double()
     return torch.where(query_labels, share, 1 - share).mean().item()
 
@@ -378,7 +379,7 @@ def wear_sunglasses(x):
 
 
 def change_images(x):
-    """Figure 3: images x [N, 3, S, S] in [0, 1], changed in four ways: {name: [N, 3, S, S]}."""
+    """Figure 3: images x [N, 3, S, S] in [0, 1], changed in four ways, blur and crop being ours: {name: same shape}."""
     size = x.shape[-1]
     margin = max(1, round(0.05 * size))
     return {
@@ -620,7 +621,7 @@ def main(argv=None):
     elif args.generator:
         weights = load_checkpoint(args.generator)["networks"]
         nets["G"].load_state_dict({name[2:]: weight for name, weight in weights.items() if name.startswith("G.")})
-    print(f"{args.method} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
+    print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
 
     images, end = place_images(data.train, device), begin if args.query is not None else total_steps(args)
     last_step, start = begin, time.perf_counter()

@@ -9,13 +9,14 @@ shows, but not at the same pixels. D(x) matches G's samples to the images, and D
 
     python pagan.py --quick                                                 # cartoon faces in three minutes on a CPU
     python pagan.py --data photos/ --out runs/photos                        # a folder of images
-    python pagan.py --data cifar10 --reconstruction l1 --out runs/cifar_l1  # a row of the ablation study
+    python pagan.py --data cifar10 --reconstruction l1 --classifier inception --out runs/l1    # an ablation
 
 slides -> code
-    Algorithm 1                x_pr = G(z), z_hat ~ q(z|x), x_rec = G(z_hat), x_aug = a(x): pagan_losses, train_step;
-                               theta of G, phi of E, psi of D_x, zeta of D_z, tau of D_xx
+    Algorithm 1                x, z, x_aug: draw_batch; z_hat ~ q(z|x), x_pr = G(z), x_rec = G(z_hat): pagan_losses;
+                               theta of G, phi of E, psi of D_x, zeta of D_z, tau of D_xx: train_step
     PAGAN Diagram              Generator, Encoder, ImageDiscriminator (D_x of x, D_xx of x, y), LatentDiscriminator
-    Objectives                 minus_log, minus_log_not; in pagan_losses
+    Discriminator on Pairs     D_xx: L_d_xx in pagan_losses
+    Matching Encoder to Prior  D_z: L_d_z, L_e in pagan_losses
     Conditional Distributions  q(z|x): reparameterise; r(y|x): augment
     Augmentation Function      blur, contrast, crop; figure: save_augmentations
     Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1
@@ -30,16 +31,18 @@ Rulings, where the slides are silent or disagree with themselves
     - Networks and settings are ours. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage
       less or more for 16x16 and 64x64; D_xx takes both images as six channels. E mirrors G and gives a diagonal
       Gaussian; D_z has two hidden layers. 128 latents from N(0, I), 64 images, Adam's 2e-4, 0.5, 0.999; 100,000 steps.
-    - Crop: padded by its own reflection, by 0.1 of the side, the slides' best, in whole pixels. Blur and contrast: BLUR
-      and CONTRAST, below.
+    - Crop: padded by its own reflection, by 0.1 of the side, the slides' best by IS and FID (by RID 0.15 is), in whole
+      pixels. Blur and contrast: BLUR and CONTRAST, below.
     - NOAUG and crop 0 have other numbers in the slides; here they are one setting. PAGAN's own FID and RID differ, too.
-    - In figures and results z_hat is the mean of q(z|x). Which network judges is not said: --classifier.
+    - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages. Initial weights are
+      torch's. Which network judges is not said: --classifier.
 Departures
-    - PAGAN-L1's loss is the mean over pixels, not its square as printed, times 10.
+    - L1 and L2 are means over pixels, not squared norms as printed; PAGAN-L1's has a weight of 10.
     - The five updates are Adam's, not plain gradient steps. x_pr and x_rec go through G together, so that one batch
       normalisation serves both.
     - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
-      results show only that. --quick crops by 0.06, one pixel, and has 1.5 times the learning rate.
+      results show only that, but for the Inception score of real images. --quick crops by 0.06, one pixel, and has 1.5
+      times the learning rate.
 """
 
 import argparse
@@ -222,12 +225,12 @@ def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight=None):
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
     d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
     d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
-    d_x_aug, d_x_rec = nets["D_xx"](torch.cat([x, x]), torch.cat([x_aug, x_rec])).split([len(x), len(x)])
+    d_xx_aug, d_xx_rec = nets["D_xx"](torch.cat([x, x]), torch.cat([x_aug, x_rec])).split([len(x), len(x)])
     L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
     L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
-    L_d_xx = minus_log(d_x_aug) + minus_log_not(d_x_rec)
-    L_g = minus_log(d_x_pr) + minus_log(d_x_rec)
-    L_e = minus_log(d_z_hat) + minus_log(d_x_rec)
+    L_d_xx = minus_log(d_xx_aug) + minus_log_not(d_xx_rec)
+    L_g = minus_log(d_x_pr) + minus_log(d_xx_rec)
+    L_e = minus_log(d_z_hat) + minus_log(d_xx_rec)
     return {"L_d_x": L_d_x, "L_d_z": L_d_z, "L_d_xx": L_d_xx, "L_g": L_g, "L_e": L_e}
 
 
@@ -257,7 +260,7 @@ def build_optimizer(nets, lr):
 
 
 def draw_batch(images, latent_dim, augmentation, p):
-    """x: the images uint8 [N, 3, S, S] in [-1, 1]; a(x); z and epsilon ~ N(0, I): [N, Z]."""
+    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; a(x); z and epsilon ~ N(0, I): [N, Z]."""
     x = to_float(images)
     x_aug = augment(x, torch.rand(len(x), 2, device=x.device), augmentation, p)
     return x, x_aug, *torch.randn(2, len(x), latent_dim, device=x.device)
@@ -546,7 +549,7 @@ def main(argv=None):
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
     kind = f"{args.reconstruction}, {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels),"
-    print(f"{kind} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
+    print(f"{kind} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
 
     images, step_on = (
         place_images(data.train, device),

@@ -10,11 +10,11 @@ and G learn to give back x: in its pixels, and in what D's encoder makes of it, 
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
     python vae_began.py --data photos/ --out runs/photos  # the paper's set-up on a folder of images
-    python vae_began.py --model began --data cifar10 --image-size 32 --out runs/began    # a row of Table 1
+    python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
-    Figure 1     F_vae-e, F_vae-d, F_ae-e, F_ae-d     Encoder E, Decoder G, Discriminator D: its encoder, its decoder
-    Eq. 2, 7, 9  L_e; L_d, L_g, L_v; L_s              vae_began_losses
+    Figure 1     F_vae-e, F_vae-d; F_ae-e and F_ae-d  Encoder E (theta_e), Decoder G (theta_d); D (theta_e', theta_d')
+    Eq. 2, Eq. 7, Eq. 9: L_e; L_d, L_g, L_v; L_s      vae_began_losses
     Eq. 3        KL loss of the VAE, L_n              kl_loss
     Eq. 4        reparameterisation                   reparameterise
     Eq. 5, 6     the losses without k, beta, gamma    fake_loss; Eq. 13, 14
@@ -23,7 +23,7 @@ paper -> code
     Eq. 12       PID controller                       Controller
     Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
     Section 3.4  convergence measure                  balance
-    Algorithm 1  lines 3-13                           vae_began_losses, train_step
+    Algorithm 1  lines 2, 4: draw_batch; 3, 5-13:     vae_began_losses, train_step ("Eq. 3.2" in line 10 is Eq. 7)
     Table 1      Inception score of three models      inception_score; --model, began_losses
     Figures 2, 3 samples of 64x64, 128x128            save_figures
     Figure 4     fakes, reals, D's reconstructions    save_discriminations
@@ -38,17 +38,19 @@ Rulings, where the paper is silent or contradicts itself
       Eq. 2, is the number of elements. The prior "from [0, 1]" of Section 4 is N(0, I), as in Eq. 3.
     - k and the two errors before the first start at 0, and k is kept in [0, 1], as in BEGAN. l1, "proportional" in
       Section 3.4's words on BEGAN, is the integral gain of Eq. 12.
-    - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128: log2(S) - 2 pairs of
-      convolutions, i n channels in the encoder's i-th, n in the decoder's. So the two do not have equally many
-      parameters, as Section 4 says (3.45 and 0.56 million at 64x64).
+    - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128 (64 below 128x128 is ours).
+      Section 4's three pairs of convolutions are those of 32x32: log2(S) - 2, four at 64x64. Encoder and decoder do not
+      have equally many layers (13, 10 at 64x64) and parameters, as it says (D 3.45 and 0.56 million; E 4.50).
+    - Batches of 16 and 64 latents are BEGAN's; Adam's betas and initial weights are torch's; its rate is constant.
     - Of the codes of real images the means are taken, in Figure 8 of training images. Figure 6 is of real images, as in
-      its text, not of generated ones, as in its caption.
+      its text, not of generated ones, as in its caption. "BEGAN* + LSM" has an L_s of x and an unrelated x_g.
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
-    - BEGAN's z is uniform; here it is N(0, I) in all three models. "BEGAN* + LSM" has an L_s of x and x_g.
+    - BEGAN's z is uniform, and its learning rate its own (Section 5.4); here both are this paper's in all three models.
     - Algorithm 1 updates E, G, k and D in turn, from one forward pass; here all gradients are of one point.
     - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
-      results show only that. --quick has 20 times the learning rate and 50 times gamma.
+      results show only that, but for Figure 8's directions and the Inception score of real images. --quick has 20 times
+      the learning rate and 50 times gamma.
 """
 
 import argparse
@@ -74,7 +76,7 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
     "began-lsm": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began": {"beta": 0.0, "gains": [1e-3, 0.0, 0.0]},
 }
-IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # and the n of each, BEGAN's
+IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # and the n of each
 BETAS = (0.9, 0.999)  # of Adam, its usual
 FREE = ("attribute", "classifier", "samples")  # what a resumed run may change, beside steps and intervals
 FILE = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
@@ -142,7 +144,7 @@ class Discriminator(nn.Module):
 
 
 class Controller(nn.Module):
-    """Eq. 12: k_t from k_{t-1} and e_t, with the gains l1 (integral), l2 (proportional), l3 (differential).
+    """Eq. 12: k_t from k_{t-1} and e_t; gains lambda_1-3: l1 (integral), l2 (proportional), l3 (differential).
 
     k, e_{t-1} (e_1) and e_{t-2} (e_2) are scalar buffers: they live on the device, and in the checkpoint.
     """
@@ -184,7 +186,7 @@ def kl_loss(mean, log_variance):
 
 
 def reparameterise(mean, log_variance, epsilon):
-    """Eq. 4: z_v = mean + epsilon * sigma. All [N, Z]."""
+    """Eq. 4: z_v = mean + epsilon * sigma; the paper's mu_v is mean. All [N, Z]."""
     return mean + epsilon * (log_variance / 2).exp()
 
 
@@ -217,8 +219,8 @@ def vae_began_losses(nets, weights, x, z_g, epsilon):
     L_n = kl_loss(mean, log_variance)  # line 7, Eq. 3
     L_s = F.l1_loss(z_prime_v, z_d)  # line 7, Eq. 9
     L_d = F.l1_loss(x_prime_d, x)  # line 10, Eq. 7
-    L_g = F.l1_loss(x_prime_g, x_g)
-    L_v = F.l1_loss(x_prime_v, x_v)
+    L_g = F.l1_loss(x_prime_g, x_g)  # line 10, Eq. 7
+    L_v = F.l1_loss(x_prime_v, x_v)  # line 10, Eq. 7
     L_fake = fake_loss(L_g, L_v, alpha)
     L_enc = L_n + beta * L_s + gamma * L_e  # Eq. 15
     L_gen = L_fake + beta * L_s + gamma * L_e  # Eq. 14
@@ -251,7 +253,7 @@ def build_optimizer(nets, lr):
 
 
 def draw_batch(images, latent_dim):
-    """x: the images uint8 [N, 3, S, S] in [-1, 1]; z_g and epsilon ~ N(0, I): [N, Z]."""
+    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; z_g and epsilon ~ N(0, I): [N, Z]."""
     return to_float(images), *torch.randn(2, len(images), latent_dim, device=images.device)
 
 
@@ -476,7 +478,7 @@ def parse_args(argv):
     add("--batch-size", type=int, default=16, help="images a step (BEGAN's)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 4)")
     add("--latent-dim", type=int, default=64, help="dimensions Z of the latents (BEGAN's)")
-    add("--filters", type=int, default=64, help="n, width of the networks (BEGAN's; 128 where --image-size is 128)")
+    add("--filters", type=int, default=64, help="n, width of the networks (128 where --image-size is 128)")
     add("--lr", type=float, default=5e-5, help="learning rate (Section 4)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
@@ -547,7 +549,7 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    print(f"{args.model} on {len(data.train)} images of {args.data}, on {device}, into {out}/", flush=True)
+    print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
 
     images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
     last_step, start = begin, time.perf_counter()
