@@ -414,7 +414,7 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)} | {"figure_interpolations": (10, 1, 1)}
     arguments = ["--data", photos, *TINY, "--steps", 5]
     out, results, header, rows = run_as_a_user("bigan_latent", *arguments, cwd=tmp_path, pictures=pictures)
-    assert out.startswith("EX7 on 27 images of ") and "on cpu, into runs/bigan_latent/" in out
+    assert out.startswith("EX7 on 27 images of ") and "cpu, step 0, in runs/bigan_latent/" in out
     names = "heldout_l1 heldout_l1_of_mean_image sharpness autodecoder_q latent_l1 sample_diversity".split()
     names += ["d_on_real", "d_on_samples", "d_on_reconstructions"]
     for name in names:
