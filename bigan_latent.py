@@ -40,7 +40,6 @@ Rulings, where the paper is silent or contradicts itself
     - H is torchvision's AlexNet, the narrower one of 2014, of images resized to 224x224; its last feature is pool5.
     - Unrolling is that of Metz et al.: G and E see D after K Adam steps on the batch, from D's weights and moments, and
       have gradients through them. D's real label is 0.9 in them, too, but not for G and E; dropout is drawn anew.
-    - Of the techniques of Salimans et al., whom the paper cites, there is the one it names: label smoothing.
     - Adam's second moment decays with 0.999. Weights start from N(0, 0.02), batch norm's from 1, not N(1, 0.02).
 Departures
     - G and E minimise -log D(G(z), z) - log(1 - D(x, E(x))), labels swapped, as BiGAN's code does; so the logged L_GAN

@@ -58,18 +58,15 @@ def load_data(name, size, batch_size=1, seed=0, root="data"):
         raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least 20")
     split = len(images) - len(images) // 10
     if split < batch_size:
-        raise DataError(
-            f"{name} has {split} images to train on, fewer than --batch-size {batch_size}: give it {split} or less"
-        )
+        raise DataError(f"{name} has {split} images to train on, fewer than --batch-size {batch_size}: lower that")
     return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:], tuple(paths))
 
 
 def place_images(images, device):
     """Images uint8 [M, 3, S, S] where draw_images shall take them from: on the torch.device, or if they would fill more
     than half of its free memory where they are. (There, they are drawn by that device's random numbers.)"""
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return images
-    return images.to(device)
+    fits = device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
+    return images.to(device) if fits else images
 
 
 def draw_images(images, count, device):
