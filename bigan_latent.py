@@ -246,18 +246,19 @@ def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
 def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
     """D's logits of the pairs q and p after `unroll` Adam steps on them, differentiable through the steps (Section 5).
 
-    d_q, d_p: its logits now. optimizer: a torch.optim.Adam whose first group has D; the steps start from its moments.
-    D, its buffers and the optimizer are left as they are.
+    d_q, d_p: its logits now. optimizer: a torch.optim.Adam that has D in one group; the steps start from its moments. D
+    and the optimizer are left as they are.
     """
     names, theta = zip(*D.named_parameters())
     buffers = {name: buffer.clone() for name, buffer in D.named_buffers()}  # batch norm writes to these, not to D's
     states, zero = [optimizer.state.get(w, {}) for w in theta], torch.zeros((), device=d_q.device)
     m, v = ([state.get(name, zero) for state in states] for name in ("exp_avg", "exp_avg_sq"))
     t = states[0].get("step", zero)
+    group = next(g for g in optimizer.param_groups if any(w is theta[0] for w in g["params"]))
     for _ in range(unroll):
         gradients = torch.autograd.grad(discriminator_loss(d_q, d_p), theta, create_graph=True)
         t = t + 1
-        theta, m, v = zip(*(adam_step(*each, t, optimizer.param_groups[0]) for each in zip(theta, gradients, m, v)))
+        theta, m, v = zip(*(adam_step(*each, t, group) for each in zip(theta, gradients, m, v)))
         unrolled = {**dict(zip(names, theta)), **buffers}
         d_q, d_p = functional_call(D, unrolled, q), functional_call(D, unrolled, p)
     return d_q, d_p

@@ -551,10 +551,8 @@ def main(argv=None):
     kind = f"{args.reconstruction}, {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels),"
     print(f"{kind} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
 
-    images, step_on = (
-        place_images(data.train, device),
-        partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight),
-    )
+    images = place_images(data.train, device)
+    step_on = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
     last_step, start = begin, time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
         drawn = draw_images(images, args.batch_size, device)

@@ -229,7 +229,11 @@ def test_the_gradient_through_two_unrolled_steps_is_that_of_finite_differences(s
 @pytest.mark.parametrize("unroll", [0, 1, 3])
 def test_unrolled_steps_are_those_of_torch_s_adam(unroll, steps_before):
     nets, optimizer, x, z = tiny(steps_before)
-    optimizer.param_groups[0].update(lr=3e-2, betas=(0.6, 0.99), eps=1e-3)
+    of_d = {id(parameter) for parameter in nets["D"].parameters()}
+    (whole,) = optimizer.param_groups  # D gets a group of its own, the second
+    mine = [parameter for parameter in whole["params"] if id(parameter) in of_d]
+    whole["params"] = [parameter for parameter in whole["params"] if id(parameter) not in of_d]
+    optimizer.add_param_group({"params": mine, "lr": 3e-2, "betas": (0.6, 0.99), "eps": 1e-3})
     D, q, p = copy.deepcopy(nets["D"]), (x, uniform(4, 5)), (uniform(3, 3, 16, 16), z)
     logits = unrolled(nets, optimizer, unroll, *q, *p)
     adam = torch.optim.Adam(D.parameters(), 3e-2, (0.6, 0.99), 1e-3)
