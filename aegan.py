@@ -1,9 +1,9 @@
 """Autoencoding generative adversarial networks (Conor Lazarou, 2020, https://arxiv.org/abs/2004.05472).
 
-Four networks: a generator G from latents to images, an encoder E from images to latents, and a discriminator on either
-side, D_x of images and D_z of latents. G and E must fool them with what they make of real latents and images, x_hat and
-z_hat, and with what they make of each other's output, x_tilde and z_tilde; and the latter two must be the x and z they
-began with. So G and E become each other's inverse. G has to give back every training image, which mitigates collapse.
+A generator G from latents to images, an encoder E from images to latents, and a discriminator on either side, D_x and
+D_z. G and E must fool them with what they make of real latents and images, x_hat and z_hat, and of each other's output,
+x_tilde and z_tilde; and the latter two must be the x and z that they began with. So G and E become each other's
+inverse. G has to give back every training image, which mitigates collapse.
 
     python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python aegan.py --data photos/ --out runs/photos    # the paper's set-up on a folder of images
@@ -11,7 +11,7 @@ began with. So G and E become each other's inverse. G has to give back every tra
 
 paper -> code
     Section 3.1  x, z; x_hat = G(z), z_hat = E(x), x_tilde = G(E(x)), z_tilde = E(G(z))
-    Figure 2     the four networks                    Generator, Encoder, ImageDiscriminator, LatentDiscriminator
+    Figure 2     the four networks                    Generator, Encoder (E and D_x), LatentDiscriminator
     Eq. 2-5      adversarial losses                   discriminator_loss (for D), generator_loss (for G, E)
     Eq. 6, 7     reconstruction, the whole objective  aegan_losses; which loss moves which network: train_step
     Section 4    the baselines GAN (Eq. 1) and AAE    gan_losses, aae_losses; --model
@@ -26,22 +26,22 @@ Rulings, where the paper is silent or contradicts itself
     - Eq. 4 and 5 print their expectations with x and z swapped: the real latents are the prior's.
     - The AAE has Eq. 4 and the image half of Eq. 6, as in that code.
 Departures
-    - G and E minimise -log D(fake), not log(1 - D(fake)), and only D's labels are smoothed, as in that code.
-    - The norms of Eq. 6 are means, over pixels and over latent dimensions, the second one squared, as in that code.
+    - G and E minimise -log D(fake), not log(1 - D(fake)); only D's labels are smoothed; the norms of Eq. 6 are means,
+      over pixels and over latent dimensions, the second one squared: as in that code.
     - There D takes four steps, one kind of batch each, then G and E four against it, on fresh batches. Here each takes
       one, all at one point, on the sum of its terms, which is what is clipped; D's fakes have E's noise.
     - --alpha, from that code, weighs Eq. 2 to 5 for G and E alone. --quick has a 20th of it, a 10th of lambda_rz, and
       2.5 times the learning rate of G and E.
     - Batches are drawn with replacement; each image is mirrored with probability 1/2, for the paper's mirrored copies.
-    - Other image sizes keep six layers and the 4x4 bottleneck; the number of layers that resize varies.
-    - Default data are drawn faces, not anime's. A tenth is held out, and pictures and results show only that.
+    - Other image sizes have the same layers, and the 4x4 bottleneck; how many of them resize varies.
+    - Default data are drawn faces. A tenth is held out, and pictures and results show only that.
 """
 
-import argparse
 import json
 import math
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,7 @@ def halvings(image_size):
 
 
 class Encoder(nn.Sequential):
-    """E: images x [N, 3, S, S] in [-1, 1] -> latents z_hat [N, Z]."""
+    """E: images [N, 3, S, S] in [-1, 1] -> latents z_hat [N, Z]; D_x: -> logits [N, 1], positive for real images."""
 
     def __init__(self, image_size, channels, outputs, kernel=4, leak=0.0):
         widths = [3] + [channels * w for w in (1, 1, 2, 2, 2, 4)]
@@ -117,13 +117,6 @@ class Encoder(nn.Sequential):
             conv = same_conv(c_in, c_out, kernel, stride)
             layers += [conv, MultiplyNoise(), ChannelNorm(c_out), nn.LeakyReLU(leak)]  # a leak of 0 is a ReLU
         super().__init__(*layers, nn.Flatten(), nn.Linear(64 * channels, outputs))
-
-
-class ImageDiscriminator(Encoder):
-    """D_x: images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
-
-    def __init__(self, image_size, channels):
-        super().__init__(image_size, channels, 1, kernel=3, leak=LEAK)
 
 
 class LatentDiscriminator(nn.Module):
@@ -170,11 +163,9 @@ class Generator(nn.Module):
 
 def build_networks(model, image_size, channels, latent_dim):
     """The networks of MODELS[model] by the paper's names, in training mode; from one seed the same in all models."""
-    if model not in MODELS:
-        raise ValueError(f"model {model}: must be one of {list(MODELS)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
-    nets["D_x"] = ImageDiscriminator(image_size, channels)
+    nets["D_x"] = Encoder(image_size, channels, 1, kernel=3, leak=LEAK)
     nets["D_z"] = LatentDiscriminator(latent_dim)
     for name, layer in nets.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -309,10 +300,8 @@ def save_interpolations(path, nets, x_1, x_2, columns=8):
 
 @torch.no_grad()
 def save_figures(nets, data, z, out, step, last=True):
-    """samples_<step>.png, Figure 3, reconstructions_<step>.png, Figure 4, and if last figure1_interpolations.png.
-
-    data: of which up to 40 held-out images are shown. z: latents [N, Z], of which 100 are. The same in every run.
-    """
+    """samples_<step>.png, Figure 3, of 100 of the latents z [N, Z], reconstructions_<step>.png, Figure 4, of up to 40
+    held-out images, and if last figure1_interpolations.png."""
     nets.eval()
     x = to_float(data.heldout[:40].to(z.device))
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
@@ -360,17 +349,15 @@ def measure(nets, data, z):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def fail(message):
-    """End the program with one line, the message's first, on the standard error and exit status 2."""
+def fail(message, status=2):
+    """End the program with one line, the message's first, on the standard error."""
     print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="aegan", help="the paper's model, or a baseline (Section 4)")
@@ -423,9 +410,8 @@ def parse_args(argv):
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
+    out, option = Path(args.out), f"--device {args.device}"
     try:
-        option = f"--device {args.device}"
         torch.zeros(1, device=(device := torch.device(args.device))).item()
         if args.graph:
             option += " with --graph"
@@ -442,15 +428,15 @@ def main(argv=None):
     nets = build_networks(args.model, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr, args.lr_discriminator)
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
-    begin, seconds, log = 0, 0.0, ""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "graph")}
+    begin, log = 0, ""
     if checkpoint:
-        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
+        begin, log = checkpoint["step"], checkpoint["log"]
         nets.load_state_dict(checkpoint["networks"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
+    print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
     last_step, start = begin, time.perf_counter()
@@ -465,8 +451,7 @@ def main(argv=None):
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        passed = time.perf_counter() - start
-        rate, seconds = (step - last_step) / passed, seconds + passed
+        rate = (step - last_step) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
@@ -477,26 +462,22 @@ def main(argv=None):
         (out / "log.csv").write_text(log)
         if save_due:
             save_figures(nets, data, z_shown, out, step, last=False)
-            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
-            state["random"] += torch.cuda.get_rng_state_all()
+            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
         last_step, start = step, time.perf_counter()
 
     save_figures(nets, data, z_shown, out, args.steps)
-    results = measure(nets, data, z_shown)
-    results |= {"steps": args.steps, "steps_per_second": args.steps / max(seconds, 1e-9), "config": config}
+    results = measure(nets, data, z_shown) | {"steps": args.steps, "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         if isinstance(value, float):
             print(f"{name:26}{value:10.3f}")
-    print(f"The figures and results.json are in {out}/")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        fail("stopped: --resume goes on from the last checkpoint, if there is one", status=130)

@@ -50,11 +50,11 @@ Departures
       and results show only that. --quick has K = 1 and 2.5 times the learning rate.
 """
 
-import argparse
 import json
 import math
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from datetime import timedelta
 from functools import partial
@@ -395,17 +395,15 @@ def measure(nets, data, z):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def fail(message):
-    """End the program with one line, the message's first, on the standard error and exit status 2."""
+def fail(message, status=2):
+    """End the program with one line, the message's first, on the standard error."""
     print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--experiment", choices=EXPERIMENTS, default="EX7", help="row of Table 1 that sets the next three")
@@ -458,9 +456,8 @@ def parse_args(argv):
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
+    out, option = Path(args.out), f"--device {args.device}"
     try:
-        option = f"--device {args.device}"
         torch.zeros(1, device=(device := torch.device(args.device))).item()
         if args.graph:
             option += " with --graph"
@@ -479,17 +476,15 @@ def main(argv=None):
     nets = build_networks(args.image_size, args.channels, args.latent_dim, args.stochastic_encoder).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
-    begin, seconds, log = 0, 0.0, ""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "graph")}
+    begin, log = 0, ""
     if checkpoint:
-        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
+        begin, log = checkpoint["step"], checkpoint["log"]
         nets.load_state_dict(checkpoint["networks"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    print(
-        f"{args.experiment} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True
-    )
+    print(f"{args.experiment} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, H, vars(args), args.unroll)
     last_step, start = begin, time.perf_counter()
@@ -504,8 +499,7 @@ def main(argv=None):
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        passed = time.perf_counter() - start
-        rate, seconds = (step - last_step) / passed, seconds + passed
+        rate = (step - last_step) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
@@ -516,26 +510,22 @@ def main(argv=None):
         (out / "log.csv").write_text(log)
         if save_due:
             save_figures(nets, data, z_shown, out, step, last=False)
-            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
-            state["random"] += torch.cuda.get_rng_state_all()
+            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
         last_step, start = step, time.perf_counter()
 
     save_figures(nets, data, z_shown, out, args.steps)
-    results = measure(nets, data, z_shown)
-    results |= {"steps": args.steps, "steps_per_second": args.steps / max(seconds, 1e-9), "config": config}
+    results = measure(nets, data, z_shown) | {"steps": args.steps, "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         if isinstance(value, float):
             print(f"{name:26}{value:10.3f}")
-    print(f"The figures and results.json are in {out}/")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        fail("stopped: --resume goes on from the last checkpoint, if there is one", status=130)

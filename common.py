@@ -70,10 +70,7 @@ def place_images(images, device):
 
 
 def draw_images(images, count, device):
-    """count random ones of the images uint8 [M, 3, S, S], with replacement, on the torch.device: [count, 3, S, S].
-
-    From elsewhere they are copied by way of pinned memory, while the device may still be at work on what it had before.
-    """
+    """count random ones of the images uint8 [M, 3, S, S], with replacement, on the torch.device: [count, 3, S, S]."""
     drawn = images[torch.randint(len(images), (count,), device=images.device)]
     return drawn if drawn.device.type == device.type else drawn.pin_memory().to(device, non_blocking=True)
 

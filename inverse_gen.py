@@ -22,12 +22,12 @@ paper -> code
     Eq. 5, 7     cross-entropy V(x)                   cross_entropy
     Algorithm 1  the paper's AEGAN, Eq. 6 to 8        aegan_losses, train_step (not the AEGAN of aegan.py)
     Figure 2     reconstructed samples                save_figures
-    Table 1      their similarity by dHash            dhash, hash_similarity; measure_inversion: dhash_similarity
+    Table 1      their similarity by dHash            dhash; measure_inversion: dhash_similarity
     Figure 3     search with changed images           change_images, save_found; measure_search: search_top1
     Table 2      label similarity of what is found    label_agreement
     Figure 4     search with other images             save_found
     Section 4.2  dHash, pHash, colour histogram       dhash, phash, colour_histogram; describe, distances
-    Figure 5     blurred images restored              save_deblurred; measure_inversion: deblur_l1_after
+    Figure 5     blurred images restored              save_figures; measure_inversion: deblur_l1_after
 
 Rulings, where the paper is silent or contradicts itself
     - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
@@ -37,10 +37,9 @@ Rulings, where the paper is silent or contradicts itself
       decays with 0.999. Both stages take 50,000 steps; the BiGAN, which has one stage, all of them.
     - Eq. 3, without labels as in Section 4.1, and 5 are means over dimensions or pixels. Eq. 8 prints a plain gradient
       step, the Appendix has Adam. Eq. 2, which is not measured in the paper, starts from z = 0, kept in [-1, 1].
-    - dHash: 9x8 grey pixels, 64 bits. pHash: the lowest 8x8 frequencies of 32x32 grey pixels, above their median or
-      not. Colour histogram: 8x8x8 bins, compared by intersection.
-    - Figure 3 has 16 queries, four images changed in four ways not three of one image; Figure 4 has 64.
-      Both, and Tables 1 and 2, are scored on up to 256 images; where several are nearest, each has its share.
+    - dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, compared by intersection.
+    - Figure 3 has 16 queries, four images changed in four ways; Figure 4 has 64. Both, and Tables 1 and 2, are scored
+      on up to 256 images; where several are nearest, each has its share.
 Departures
     - G minimises -log D(G(z)), as DCGAN does; G and IG of the BiGAN have labels swapped, as in BiGAN's code.
     - D and G step at once (in DCGAN D first); D(x) and D(G(z)) are normalised each by its own batch, as there. The two
@@ -49,11 +48,11 @@ Departures
       Figure 3's queries are from. Differences are given for [-1, 1].
 """
 
-import argparse
 import json
 import math
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -66,6 +65,7 @@ from torchvision.transforms.v2 import functional as transforms
 from common import draw_images, load_data, place_images, read_image, save_grid
 
 NAME = "inverse_gen"
+FREE = ("steps", "log_every", "save_every", "search_steps", "search_rate", "gallery")  # what --resume may change
 METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
 COLUMNS = ("L_D", "L_G", "L_IG")  # of log.csv
 IMAGE_SIZES = (16, 32, 64)
@@ -73,8 +73,7 @@ LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
 BLUR = 1 / 16  # standard deviation of Figure 5, and of our blur in Figure 3, in sides of the image
-FREE = ("search_steps", "search_rate", "gallery")  # what a resumed run may change, beside steps and intervals
-QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 1500, "gallery": 2000}
+QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 4000, "gallery": 2000}
 QUICK |= {"save_every": 1000}
 
 
@@ -141,10 +140,7 @@ class PairDiscriminator(nn.Module):
 
 
 def build_networks(method, image_size, channels, latent_dim):
-    """The networks by the paper's names, in training mode; no IG where method is search. ValueError for a method or an
-    image_size that there is not."""
-    if method not in METHODS:
-        raise ValueError(f"method {method}: must be one of {METHODS}")
+    """The networks by the paper's names, in training mode, IG but for "search". ValueError for a size that is none."""
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     if method == "bigan":
         nets["D"] = PairDiscriminator(image_size, channels, latent_dim)
@@ -240,12 +236,10 @@ def to_unit(images):
 
 
 def train_step(nets, optimizer, stage, x, z):
-    """One update of the networks of the stage, gan, aegan, direct or bigan (ValueError for another), at one point.
+    """One update of the networks of the stage, gan, aegan, direct or bigan, all at the same point. Sets their modes.
 
-    Sets their modes. Returns the losses before it, detached: see LOSSES.
+    Returns the losses before it, detached: see LOSSES.
     """
-    if stage not in LOSSES:
-        raise ValueError(f"stage {stage}: must be one of {list(LOSSES)}")
     nets.train()
     nets["G"].train(stage in ("gan", "bigan"))  # else G is frozen: in evaluation mode, and without gradients
     losses = LOSSES[stage](nets, x, z)
@@ -293,11 +287,6 @@ def search_codes(G, steps, rate, x):
     return z
 
 
-def inverter(nets, search_steps, search_rate):
-    """The function from images [N, 3, S, S] in [0, 1] to their codes, latents [N, Z]: IG, or if none search_codes."""
-    return nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], search_steps, search_rate)
-
-
 def grey_pixels(x, height, width):
     """Images [N, 3, S, S] in [0, 1] -> [N, height, width] grey levels, whole numbers in 0..255."""
     return (255 * transforms.resize(transforms.rgb_to_grayscale(x), [height, width], antialias=True)).round()[:, 0]
@@ -328,11 +317,6 @@ def colour_histogram(x, bins=8):
 DESCRIPTORS = {"dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}  # those of Section 4.2 but codes
 
 
-def hash_similarity(a, b):
-    """Table 1: the share of equal bits of two hashes [N, 64], the mean over N."""
-    return (a == b).float().mean().item()
-
-
 @torch.no_grad()
 def describe(parts, invert):
     """The codes and the DESCRIPTORS of images, an iterable of [n, 3, S, S] in [0, 1]: {name: [M, features]}."""
@@ -342,12 +326,9 @@ def describe(parts, invert):
 
 
 def distances(queries, gallery):
-    """Two results of describe -> {name: [Q, M]}: Euclidean; bits that differ; 1 - the intersection."""
-    found = {}
-    for name, query in queries.items():
-        exact = {"p": 2.0, "compute_mode": "donot_use_mm_for_euclid_dist"} if name == "codes" else {"p": 1.0}
-        found[name] = torch.cdist(query, gallery[name], **exact) / (2 if name == "colour_histogram" else 1)
-    return found
+    """Two results of describe -> {name: [Q, M]}: Euclidean for codes; bits that differ; 2 - 2 the intersection."""
+    codes = torch.cdist(queries["codes"], gallery["codes"], compute_mode="donot_use_mm_for_euclid_dist")
+    return {"codes": codes, **{name: torch.cdist(queries[name], gallery[name], p=1.0) for name in DESCRIPTORS}}
 
 
 def nearest(distance):
@@ -395,13 +376,6 @@ def save_images(path, *batches, **options):
     save_grid(path, *(2 * images - 1 for images in batches), **options)
 
 
-def save_deblurred(path, nets, invert, x):
-    """Figure 5: x, x blurred, G of the code of that, three times a row. x: images G(z), [N, 3, S, S] in [0, 1]."""
-    blurred = blur(x)
-    captions = [["original"], ["blurred"], ["restored"]]
-    save_images(path, x, blurred, generate(nets["G"], invert(blurred)), columns=3, captions=captions)
-
-
 def save_found(path, invert, queries, gallery, described, per_row):
     """Figures 3 and 4: images, and the nearest of the gallery to each by codes and by each of the DESCRIPTORS.
 
@@ -433,7 +407,9 @@ def save_figures(nets, invert, data, z, out, step, described=None):
         changed = torch.cat(list(change_images(few).values()))
         save_found(out / "figure3_changed.png", invert, changed, gallery, described, len(few))
         save_found(out / "figure4_found.png", invert, x, gallery, described, 4)
-        save_deblurred(out / "figure5_deblurred.png", nets, invert, x_generated[:24])
+        x, captions = x_generated[:24], [["original"], ["blurred"], ["restored"]]
+        restored = generate(nets["G"], invert(blur(x)))
+        save_images(out / "figure5_deblurred.png", x, blur(x), restored, columns=3, captions=captions)
 
 
 def sample_diversity(samples, images):
@@ -447,10 +423,7 @@ def measure_inversion(nets, invert, data, z):
     """Table 1 and Figure 5, of x generated from z [N, Z], and held-out images. Differences are of images in [-1, 1]."""
     G, x = nets["G"], generate(nets["G"], z)
     z_prime = torch.cat([invert(part) for part in x.split(250)])
-    results = {"dhash_similarity": hash_similarity(dhash(x), dhash(generate(G, z_prime)))}
-    start = time.perf_counter()  # the device is warm, and has done what it had to do
-    torch.cat([invert(part) for part in x.split(250)]).sum().item()
-    results["inversions_per_second"] = len(x) / (time.perf_counter() - start)
+    results = {"dhash_similarity": (dhash(x) == dhash(generate(G, z_prime))).float().mean().item()}  # equal bits
     blurred = blur(x)
     restored = torch.cat([generate(G, invert(part)) for part in blurred.split(250)])
     results["deblur_l1_before"] = 2 * F.l1_loss(blurred, x).item()
@@ -468,16 +441,16 @@ def measure_inversion(nets, invert, data, z):
 @torch.no_grad()
 def measure_search(invert, data, described, count, device):
     """Table 2 and Figure 3, of up to count images. described: describe() of the gallery, the first to train on."""
-    gallery, results = len(described["codes"]), {"label_agreement": None, "search_top1": {}}
+    gallery, results = len(described["codes"]), {}
     if data.attributes:
         x = to_unit(data.heldout[:count].to(device))
         found = distances(describe(x.split(250), invert), described)
         found["any_image"] = torch.zeros_like(found["codes"])
         labels = data.heldout_labels[:count].to(device), data.train_labels[:gallery].to(device)
-        results["label_agreement"] = {name: label_agreement(d, *labels) for name, d in found.items()}
+        results = {f"label_agreement_{name}": label_agreement(d, *labels) for name, d in found.items()}
     for change, x in change_images(to_unit(data.train[: min(count, gallery)].to(device))).items():
         found = distances(describe(x.split(250), invert), described)
-        results["search_top1"][change] = {name: nearest(d).diagonal().mean().item() for name, d in found.items()}
+        results |= {f"search_top1_{change}_{name}": nearest(d).diagonal().mean().item() for name, d in found.items()}
     return results
 
 
@@ -499,32 +472,20 @@ def save_query(path, invert, x, data, count, device):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def fail(message):
-    """End the program with one line, the message's first, on the standard error and exit status 2."""
+def fail(message, status=2):
+    """End the program with one line, the message's first, on the standard error."""
     print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
-    sys.exit(2)
-
-
-def load_checkpoint(path):
-    """The checkpoint of a run of this script, on the CPU."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint if checkpoint[NAME] else None
-    except Exception:  # torch.load raises many kinds on what is no checkpoint
-        fail(f"{path} is not a checkpoint of {NAME}.py, which --resume, --query and --generator need")
+    sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume or --query, the checkpoint of the run in --out, else None."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--method", choices=METHODS, default="aegan", help="how G is inverted: the paper's way, or one of Section 2's")
-    add("--generator", metavar="CHECKPOINT", help="take the trained G of another run's checkpoint.pt: no --gan-steps")
     add("--query", metavar="IMAGE", help="no training: which images of the run in --out are most like this file")
-    add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN")
+    add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN, then IG (bigan: none; search: all steps)")
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
     add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
@@ -532,7 +493,7 @@ def parse_args(argv):
     add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
-    add("--steps", type=int, default=50_000, help="updates of IG, after those (bigan: of all; search: none)")
+    add("--steps", type=int, default=100_000, help="updates, those of the DCGAN and those of IG")
     add("--batch-size", type=int, default=64, help="images a step (Appendix)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Table 4)")
     add("--latent-dim", type=int, default=100, help="dimensions Z of the latents (Table 3)")
@@ -544,59 +505,48 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
-    args, checkpoint, sizes = parser.parse_args(argv), None, {}
+    args, checkpoint = parser.parse_args(argv), None
     path = Path(args.out, "checkpoint.pt")
-    if args.resume or args.query is not None:
-        checkpoint = load_checkpoint(path)
-        parser.set_defaults(**checkpoint[NAME])
+    if args.resume or args.query:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            parser.set_defaults(**checkpoint[NAME])
+        except Exception:  # torch.load raises many kinds on what is no checkpoint
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or no --resume and --query")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
-    else:
-        parser.set_defaults(**QUICK if args.quick else {})
-        if args.generator:
-            config = load_checkpoint(args.generator)[NAME]
-            sizes = {name: config[name] for name in ("image_size", "channels", "latent_dim")} | {"gan_steps": 0}
-        parser.set_defaults(**sizes)
+    elif args.quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    for name, value in sizes.items():
-        if getattr(args, name) != value:
-            fail(f"--generator {args.generator} has {name} = {value}, not {getattr(args, name)}: leave that out")
     for name, value in vars(args).items():
-        least = {int: 0 if name in ("seed", "gan_steps") else 1, float: 0}.get(type(value))
+        least = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
         if least is not None and not least <= value <= 1e12:
             fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
-    if bool(args.generator) == bool(args.gan_steps) or args.generator and args.method == "bigan":
-        fail("--generator takes the place of --gan-steps, and --method bigan trains a G of its own")
     for name, value in checkpoint[NAME].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every", *FREE):
+        if getattr(args, name) != value and name not in FREE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if args.resume and total_steps(args) < checkpoint["step"]:
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --gan-steps and --steps {args.steps}")
-    if args.query is not None and args.method in ("aegan", "direct") and checkpoint["step"] <= args.gan_steps:
+    if checkpoint and args.steps < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+    if args.method in ("aegan", "direct") and args.gan_steps >= args.steps:
+        fail(f"--gan-steps {args.gan_steps} leave none of --steps {args.steps} for IG: give more --steps")
+    if args.query and args.method in ("aegan", "direct") and checkpoint["step"] <= args.gan_steps:
         fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
     return args, checkpoint
-
-
-def total_steps(args):
-    """The steps of a whole run, those of the DCGAN and those of IG after them."""
-    return args.gan_steps + (0 if args.method == "search" else args.steps)
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
+    out, option = Path(args.out), f"--device {args.device}"
     try:
-        option = f"--device {args.device}"
         torch.zeros(1, device=(device := torch.device(args.device))).item()
         if args.graph:
             option += " with --graph"
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
         option = f"--data {args.data}"
         data = load_data(args.data, args.image_size, args.batch_size)
-        if args.query is not None:
-            option = f"--query {args.query}"
-            query = read_image(args.query, args.image_size)
+        option = f"--query {args.query}"
+        query = read_image(args.query, args.image_size) if args.query else None
         option = f"--out {out}"
         out.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # of many kinds
@@ -607,41 +557,38 @@ def main(argv=None):
     nets = build_networks(args.method, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-    invert = inverter(nets, args.search_steps, args.search_rate)
-    config = {
-        name: value for name, value in vars(args).items() if name not in ("out", "resume", "query", "device", "graph")
-    }
-    begin, seconds, log = 0, 0.0, ""
+    invert = nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], args.search_steps, args.search_rate)
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "query", "device", "graph")}
+    begin, log = 0, ""
     if checkpoint:
-        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
+        begin, log = checkpoint["step"], checkpoint["log"]
         nets.load_state_dict(checkpoint["networks"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    elif args.generator:
-        weights = load_checkpoint(args.generator)["networks"]
-        nets["G"].load_state_dict({name[2:]: weight for name, weight in weights.items() if name.startswith("G.")})
-    print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
+    if args.query:
+        nets.eval()
+        return save_query(out / "query.png", invert, query, data, args.gallery, device)
+    print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
-    images, end = place_images(data.train, device), begin if args.query is not None else total_steps(args)
-    last_step, start = begin, time.perf_counter()
-    for step in range(begin + 1, end + 1):
+    images, last_step, start = place_images(data.train, device), begin, time.perf_counter()
+    for step in range(begin + 1, args.steps + 1):
         if step in (begin + 1, args.gan_steps + 1):  # "First we train the GAN's generator G", then IG (Section 3.2)
-            stage = "gan" if step <= args.gan_steps and args.method != "bigan" else args.method
-            step_on, stage_begin = partial(train_step, nets, optimizer, stage), step
+            of_gan = args.method == "search" or args.method != "bigan" and step <= args.gan_steps
+            stage, first = "gan" if of_gan else args.method, step
+            step_on = partial(train_step, nets, optimizer, stage)
         batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim)
-        if args.graph and step == stage_begin + 3:
+        if args.graph and step == first + 3:
             step_on = record(step_on, batch)
         losses = step_on(*batch)
-        save_due = step % args.save_every == 0 or step in (args.gan_steps, end)
+        save_due = step % args.save_every == 0 or step == args.steps
         if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
             continue
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        passed = time.perf_counter() - start
-        rate, seconds = (step - last_step) / passed, seconds + passed
-        left = timedelta(seconds=round((end - step) / rate))
+        rate = (step - last_step) / (time.perf_counter() - start)
+        left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
         if step == 1 and left > timedelta(hours=1):
@@ -651,36 +598,27 @@ def main(argv=None):
         (out / "log.csv").write_text(log)
         if save_due:
             save_figures(nets, invert if stage != "gan" else None, data, z_shown, out, step)
-            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
-            state["random"] += torch.cuda.get_rng_state_all()
+            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
         last_step, start = step, time.perf_counter()
 
     nets.eval()
-    print(f"searching among {min(args.gallery, len(data.train))} images", flush=True)
-    if args.query is not None:
-        return save_query(out / "query.png", invert, query, data, args.gallery, device)
     gallery = data.train[: args.gallery]
+    print(f"searching among {len(gallery)} images", flush=True)
     described = describe((to_unit(part.to(device)) for part in gallery.split(250)), invert)
-    save_figures(nets, invert, data, z_shown, out, end, described)
+    save_figures(nets, invert, data, z_shown, out, args.steps, described)
     results = measure_inversion(nets, invert, data, z_shown)
-    results |= measure_search(invert, data, described, len(z_shown), device)
-    results |= {"steps": end, "steps_per_second": end / max(seconds, 1e-9), "config": config}
+    results |= measure_search(invert, data, described, len(z_shown), device) | {"steps": args.steps, "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    rows = results | {f"search_top1 {change}": row for change, row in results["search_top1"].items()}
-    for name, value in rows.items():
+    for name, value in results.items():
         if isinstance(value, float):
-            print(f"{name:26}{value:10.3f}")
-        elif isinstance(value, dict) and name not in ("config", "search_top1"):
-            print(f"{name:26}" + "  ".join(f"{method} {share:.3f}" for method, share in value.items()))
-    print(f"The figures and results.json are in {out}/")
+            print(f"{name:40}{value:10.3f}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        fail("stopped: --resume goes on from the last checkpoint, if there is one", status=130)

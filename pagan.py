@@ -3,9 +3,9 @@
 https://arxiv.org/abs/1810.04920, of which the slides of 5 December 2018 are implemented
 
 A generator G from latents to images and an encoder E from images to latents, E(x) being a sample of a Gaussian q(z|x).
-What makes G(E(x)) like x is not a distance of pixels but a third player, a discriminator on pairs D(x, y): it tells
-(x, a(x)), an image and a random augmentation of it, a cropped one say, from (x, G(E(x))). So G(E(x)) must show what x
-shows, but not at the same pixels. D(x) matches G's samples to the images, and D(z) matches E's latents to the prior.
+What makes G(E(x)) like x is not a distance of pixels but a discriminator on pairs D(x, y): it tells (x, a(x)), an image
+and a random augmentation of it, from (x, G(E(x))). So G(E(x)) must show what x shows, but not at the same pixels. D(x)
+matches G's samples to the images, and D(z) E's latents to the prior.
 
     python pagan.py --quick                                                 # cartoon faces in three minutes on a CPU
     python pagan.py --data photos/ --out runs/photos                        # a folder of images
@@ -17,40 +17,35 @@ slides -> code
     PAGAN Diagram              Generator, Encoder, ImageDiscriminator (D_x of x, D_xx of x, y), LatentDiscriminator
     Discriminator on Pairs     D_xx: L_d_xx in pagan_losses
     Matching Encoder to Prior  D_z: L_d_z, L_e in pagan_losses
-    Conditional Distributions  q(z|x): reparameterise; r(y|x): augment
-    Augmentation Function      blur, contrast, crop; figure: save_augmentations
+    Conditional Distributions  q(z|x): reparameterise; r(y|x): AUGMENTATIONS
+    Augmentation Function      blur, contrast, crop; figure: save_figures
     Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1
     Drawbacks (table)          measure: l1_of_blur, l2_of_crop, ...
     Samples, Reconstructions   save_figures
     Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
-    Ablation Study             --reconstruction l1; --augmentation none
-    Choice of Augmentation     --augmentation, --crop
-    GAN Drawbacks              mode collapse: sample_diversity, ours
+    Ablation, Augmentation     --reconstruction l1, --augmentation none; --augmentation, --crop
 
 Rulings, where the slides are silent or disagree with themselves
     - Networks and settings are ours. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage
       less or more for 16x16 and 64x64; D_xx takes both images as six channels. E mirrors G and gives a diagonal
       Gaussian; D_z has two hidden layers. 128 latents from N(0, I), 64 images, Adam's 2e-4, 0.5, 0.999; 100,000 steps.
-    - Crop: padded by its own reflection, by 0.1 of the side, the slides' best by IS and FID (by RID 0.15 is), in whole
-      pixels. Blur and contrast: BLUR and CONTRAST, below.
-    - NOAUG and crop 0 have other numbers in the slides; here they are one setting. PAGAN's own FID and RID differ, too.
-    - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages. Initial weights are
-      torch's. Which network judges is not said: --classifier.
+    - Crop: padded by its own reflection, by 0.1 of the side, the slides' best by IS and FID, in whole pixels. Blur and
+      contrast: BLUR and CONTRAST, below. Which network judges is not said: --classifier.
+    - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
 Departures
     - L1 and L2 are means over pixels, not squared norms as printed; PAGAN-L1's has a weight of 10.
     - The five updates are Adam's, not plain gradient steps. x_pr and x_rec go through G together, so that one batch
       normalisation serves both.
-    - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
-      results show only that, but for the Inception score of real images. --quick crops by 0.06, one pixel, and has 1.5
-      times the learning rate.
+    - Default data are drawn faces. A tenth is held out, and pictures and results show only that, but for the Inception
+      score of real images. --quick crops by 0.06, one pixel, and has 1.5 times the learning rate.
 """
 
-import argparse
 import json
 import math
 import sys
 import time
 import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from datetime import timedelta
 from functools import partial
@@ -71,7 +66,7 @@ BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, in sides of the image
 CONTRAST = (0.5, 1.5)  # least and greatest factor
-FREE = ("classifier", "samples")  # what a resumed run may change, beside steps and intervals
+FREE = ("steps", "log_every", "save_every", "classifier", "samples")  # what --resume may change
 FILE = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
 QUICK = {"image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2200, "lr": 3e-4}
 QUICK |= {"save_every": 1000}
@@ -134,12 +129,7 @@ class LatentDiscriminator(nn.Sequential):
 
 
 def build_networks(reconstruction, image_size, channels, latent_dim):
-    """G, E, D_x, D_z and, where reconstruction is "pair", not "l1", D_xx, in training mode.
-
-    ValueError for another reconstruction, or an image_size that there is not.
-    """
-    if reconstruction not in LOSSES:
-        raise ValueError(f"reconstruction {reconstruction}: must be one of {list(LOSSES)}")
+    """G, E, D_x, D_z and, for "pair", not for "l1", D_xx, in training mode. ValueError for a size they cannot have."""
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
     nets["D_x"] = ImageDiscriminator(image_size, channels, images=1)
@@ -184,17 +174,7 @@ def contrast(x, u, p=None):
     return (mean + factor * (x - mean)).clamp(-1, 1)
 
 
-AUGMENTATIONS = {"crop": crop, "blur": blur, "contrast": contrast, "none": lambda x, u, p: x}
-
-
-def augment(x, u, kind, p):
-    """a(x) ~ r(y|x): images x [N, 3, S, S] in [-1, 1], changed by u, random numbers [N, 2] in [0, 1). p: of crop.
-
-    ValueError for a kind that is not among AUGMENTATIONS.
-    """
-    if kind not in AUGMENTATIONS:
-        raise ValueError(f"kind {kind}: must be one of {list(AUGMENTATIONS)}")
-    return AUGMENTATIONS[kind](x, u, p)
+AUGMENTATIONS = {"crop": crop, "blur": blur, "contrast": contrast, "none": lambda x, u, p: x}  # a(x) ~ r(y|x)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -206,13 +186,8 @@ def reparameterise(mean, log_variance, epsilon):
 
 
 def minus_log(d):
-    """-mean log D of D's logits d [N, 1]."""
+    """-mean log D of D's logits d [N, 1]; of -d it is -mean log(1 - D)."""
     return F.softplus(-d).mean()
-
-
-def minus_log_not(d):
-    """-mean log(1 - D) of D's logits d [N, 1]."""
-    return F.softplus(d).mean()
 
 
 def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight=None):
@@ -226,9 +201,9 @@ def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight=None):
     d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
     d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
     d_xx_aug, d_xx_rec = nets["D_xx"](torch.cat([x, x]), torch.cat([x_aug, x_rec])).split([len(x), len(x)])
-    L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
-    L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
-    L_d_xx = minus_log(d_xx_aug) + minus_log_not(d_xx_rec)
+    L_d_x = minus_log(d_x) + minus_log(-d_x_pr)
+    L_d_z = minus_log(d_z) + minus_log(-d_z_hat)
+    L_d_xx = minus_log(d_xx_aug) + minus_log(-d_xx_rec)
     L_g = minus_log(d_x_pr) + minus_log(d_xx_rec)
     L_e = minus_log(d_z_hat) + minus_log(d_xx_rec)
     return {"L_d_x": L_d_x, "L_d_z": L_d_z, "L_d_xx": L_d_xx, "L_g": L_g, "L_e": L_e}
@@ -240,8 +215,8 @@ def pagan_l1_losses(nets, x, x_aug, z, epsilon, l1_weight):
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
     d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
     d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
-    L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
-    L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
+    L_d_x = minus_log(d_x) + minus_log(-d_x_pr)
+    L_d_z = minus_log(d_z) + minus_log(-d_z_hat)
     L1 = F.l1_loss(x_rec, x)
     L_g = minus_log(d_x_pr) + l1_weight * L1
     L_e = minus_log(d_z_hat) + l1_weight * L1
@@ -262,7 +237,7 @@ def build_optimizer(nets, lr):
 def draw_batch(images, latent_dim, augmentation, p):
     """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; a(x); z and epsilon ~ N(0, I): [N, Z]."""
     x = to_float(images)
-    x_aug = augment(x, torch.rand(len(x), 2, device=x.device), augmentation, p)
+    x_aug = AUGMENTATIONS[augmentation](x, torch.rand(len(x), 2, device=x.device), p)
     return x, x_aug, *torch.randn(2, len(x), latent_dim, device=x.device)
 
 
@@ -299,31 +274,19 @@ def record(step, batch):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def reconstruct(nets, x):
-    """G of the means of q(z|x): images x [N, 3, S, S] in [-1, 1] -> [N, 3, S, S]."""
-    return nets["G"](nets["E"](x).chunk(2, dim=1)[0])
-
-
-def save_augmentations(path, x, p):
-    """Original, blur, contrast, pad + crop, twice a row. x: images [N, 3, S, S] in [-1, 1]; p: of crop."""
-    u = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(0)).to(x.device)
-    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]
-    save_grid(path, x, blur(x, u), contrast(x, u), crop(x, u, p), columns=2, captions=captions)
-
-
 @torch.no_grad()
 def save_figures(nets, data, z, out, step, p, last=True):
-    """samples_<step>.png, reconstructions_<step>.png, and if last figure_augmentations.png.
-
-    data: of which up to 40 held-out images are shown. z: latents [N, Z], of which 100 are. The same in every run. p: of
-    crop.
-    """
+    """samples_<step>.png, of 100 of the latents z [N, Z], reconstructions_<step>.png, of up to 40 held-out images, and
+    if last figure_augmentations.png, original, blur, contrast and crop by p."""
     nets.eval()
     x = to_float(data.heldout[:40].to(z.device))
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
-    save_grid(out / f"reconstructions_{step}.png", x, reconstruct(nets, x), columns=5)
+    save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x).chunk(2, dim=1)[0]), columns=5)
     if last:
-        save_augmentations(out / "figure_augmentations.png", x[:10], p)
+        x, u = x[:10], torch.rand(len(x[:10]), 2, generator=torch.Generator().manual_seed(0)).to(z.device)
+        captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]
+        augmented = blur(x, u), contrast(x, u), crop(x, u, p)
+        save_grid(out / "figure_augmentations.png", x, *augmented, columns=2, captions=captions)
     nets.train()
 
 
@@ -365,42 +328,35 @@ def frechet_inception_distance(features_a, features_b):
     return (difference.square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
 
 
-class Inception(nn.Module):
-    """torchvision's Inception v3: images [N, 3, S, S] in [-1, 1] -> logits [N, 1000] and features [N, 2048].
+def load_classifier(name, image_size, device):
+    """p(y|x) by --classifier, None for none: images [N, 3, S, S] in [-1, 1] -> logits [N, C] and features [N, F].
 
-    The weights are from torchvision's cache or fetched by it; raises what it raises where it has neither.
+    inception: torchvision's Inception v3, from its cache or fetched by it; a file: TorchScript. Raises what they raise
+    where there is neither, and ValueError where the file's answers are no such tensors.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
-        self.fc, self.net.fc = self.net.fc, nn.Identity()
-
-    def forward(self, x):
-        features = self.net(F.interpolate(x, (299, 299), mode="bilinear"))
-        return self.fc(features), features
-
-
-def load_classifier(name, image_size):
-    """p(y|x) by --classifier, in evaluation mode, or None: images [N, 3, S, S] in [-1, 1] to (logits, features)."""
     if name == "none":
         return None
     if name == "inception":
-        return Inception().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
-        classifier = torch.jit.load(name, map_location="cpu").eval()
-    logits, features = classifier(torch.zeros(2, 3, image_size, image_size))
-    if not (len(logits) == len(features) == 2 and logits.ndim == features.ndim == 2 and features.shape[1] > 1):
-        raise ValueError(
-            f"it does not take images [N, 3, {image_size}, {image_size}] to logits [N, C], features [N, F]"
-        )
+        net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False).eval().to(device)
+        to_logits, net.fc = net.fc, nn.Identity()
+
+        def classify(x):
+            """Logits [N, 1000] and features [N, 2048]."""
+            features = net(F.interpolate(x, (299, 299), mode="bilinear"))
+            return to_logits(features), features
+
+        return classify
+    warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+    classifier = torch.jit.load(name, map_location=device).eval()
+    answers = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
+    if not (isinstance(answers, tuple) and [answer.ndim for answer in answers] == [2, 2]):
+        raise ValueError(f"it does not take images [N, 3, {image_size}, {image_size}] to (logits, features)")
     return classifier
 
 
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier=None, count=0):
-    """The figures of merit, on held-out images and latents z [N, Z]; None where they need a classifier and have none.
+    """The figures of merit, on held-out images and latents z [N, Z]; some only with a classifier.
 
     augmentation, p: those of the AUG row; l1_of_crop and l2_of_crop are of crop with p in any case. classifier: see
     load_classifier; count: how many samples it judges, and at most how many images to train on.
@@ -408,60 +364,48 @@ def measure(nets, data, z, augmentation, p, classifier=None, count=0):
     nets.eval()
     G, device, rng = nets["G"], z.device, torch.Generator().manual_seed(1)
     mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(device)
-    results, log_p, features = defaultdict(float), defaultdict(list), defaultdict(list)
-
-    def judge(name, images):
-        """Keep what the classifier says of these images, under a name."""
-        if classifier:
-            logits, part = classifier(images)
-            log_p[name].append(logits.log_softmax(dim=1))
-            features[name].append(part)
-
+    l1, l2, answers = defaultdict(float), defaultdict(float), defaultdict(list)
     for x in map(to_float, data.heldout.to(device).split(100)):
         u, share = torch.rand(len(x), 2, generator=rng).to(device), len(x) / len(data.heldout)
-        x_rec, x_aug, x_blur, x_crop = reconstruct(nets, x), augment(x, u, augmentation, p), blur(x, u), crop(x, u, p)
-        for name, y in (("heldout_l1", x_rec), ("heldout_l1_of_mean_image", mean_image.expand_as(x))):
-            results[name] += share * F.l1_loss(y, x).item()
-        for name, y in (("blur", x_blur), ("crop", x_crop)):
-            results[f"l1_of_{name}"] += share * F.l1_loss(y, x).item()
-            results[f"l2_of_{name}"] += share * F.mse_loss(y, x).item()
-        for name, y in (("rmse_255", x_rec), ("rmse_255_of_augmentation", x_aug)):
-            results[name] += share * F.mse_loss(y, x).item()
-        for name, y in (("x", x), ("x_rec", x_rec), ("x_aug", x_aug)):
-            judge(name, y)
-    for name in ("rmse_255", "rmse_255_of_augmentation"):
-        results[name] = 127.5 * math.sqrt(results[name])
+        x_rec = G(nets["E"](x).chunk(2, dim=1)[0])
+        images = {"x": x, "rec": x_rec, "aug": AUGMENTATIONS[augmentation](x, u, p)}
+        for name in images if classifier else ():
+            answers[name].append(classifier(images[name]))
+        images |= {"blur": blur(x, u), "crop": crop(x, u, p), "mean_image": mean_image.expand_as(x)}
+        for name, y in images.items():
+            l1[name] += share * F.l1_loss(y, x).item()
+            l2[name] += share * F.mse_loss(y, x).item()
+    results = {"heldout_l1": l1["rec"], "heldout_l1_of_mean_image": l1["mean_image"]}
+    results |= {f"l1_of_{name}": l1[name] for name in ("blur", "crop")}
+    results |= {f"l2_of_{name}": l2[name] for name in ("blur", "crop")}
+    results |= {"rmse_255": 127.5 * l2["rec"] ** 0.5, "rmse_255_of_augmentation": 127.5 * l2["aug"] ** 0.5}
     results["sample_diversity"] = sample_diversity(G(z), to_float(data.heldout[: len(z)].to(device)))
-    results |= dict.fromkeys(("fid", "inception_score", "inception_score_std", "inception_score_of_real"))
-    results |= dict.fromkeys(("rid", "rid_of_augmentation"))
     if classifier:
-        for noise in torch.randn(count, z.shape[1], generator=rng).split(100):
-            judge("x_pr", G(noise.to(device)))
-        for part in data.train[:count].split(100):
-            judge("train", to_float(part.to(device)))
-        log_p, features = ({name: torch.cat(parts) for name, parts in d.items()} for d in (log_p, features))
-        results["fid"] = frechet_inception_distance(features["x"], features["x_pr"])
-        results["inception_score"], results["inception_score_std"] = inception_score(log_p["x_pr"].exp())
+        noise = torch.randn(count, z.shape[1], generator=rng)
+        answers["pr"] = [classifier(G(part.to(device))) for part in noise.split(100)]
+        answers["train"] = [classifier(to_float(part.to(device))) for part in data.train[:count].split(100)]
+        log_p = {name: torch.cat([part[0] for part in parts]).log_softmax(dim=1) for name, parts in answers.items()}
+        features = {name: torch.cat([part[1] for part in parts]) for name, parts in answers.items()}
+        results["fid"] = frechet_inception_distance(features["x"], features["pr"])
+        results["inception_score"], results["inception_score_std"] = inception_score(log_p["pr"].exp())
         results["inception_score_of_real"], _ = inception_score(log_p["train"].exp())
-        results["rid"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["x_rec"])
-        results["rid_of_augmentation"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["x_aug"])
+        results["rid"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["rec"])
+        results["rid_of_augmentation"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["aug"])
     return results
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def fail(message):
-    """End the program with one line, the message's first, on the standard error and exit status 2."""
+def fail(message, status=2):
+    """End the program with one line, the message's first, on the standard error."""
     print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
@@ -508,7 +452,7 @@ def parse_args(argv):
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
         fail(f"--crop cannot be {args.crop}: it must be 0, or from a pixel to half of the side")
     for name, value in checkpoint[NAME].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every", *FREE):
+        if getattr(args, name) != value and name not in FREE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
     if checkpoint and args.steps < checkpoint["step"]:
         fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
@@ -518,9 +462,8 @@ def parse_args(argv):
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
+    out, option = Path(args.out), f"--device {args.device}"
     try:
-        option = f"--device {args.device}"
         torch.zeros(1, device=(device := torch.device(args.device))).item()
         if args.graph:
             option += " with --graph"
@@ -529,7 +472,7 @@ def main(argv=None):
         data = load_data(args.data, args.image_size, args.batch_size)
         option = f"--classifier {args.classifier}"
         option += f", without {FILE} in {torch.hub.get_dir()}/checkpoints," if args.classifier == "inception" else ""
-        classifier = load_classifier(args.classifier, args.image_size)
+        classifier = load_classifier(args.classifier, args.image_size, device)
         option = f"--out {out}"
         out.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # of many kinds
@@ -540,16 +483,16 @@ def main(argv=None):
     nets = build_networks(args.reconstruction, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
-    begin, seconds, log = 0, 0.0, ""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "graph")}
+    begin, log = 0, ""
     if checkpoint:
-        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
+        begin, log = checkpoint["step"], checkpoint["log"]
         nets.load_state_dict(checkpoint["networks"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
     kind = f"{args.reconstruction}, {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels),"
-    print(f"{kind} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
+    print(f"{kind} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
     step_on = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
@@ -566,8 +509,7 @@ def main(argv=None):
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        passed = time.perf_counter() - start
-        rate, seconds = (step - last_step) / passed, seconds + passed
+        rate = (step - last_step) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
@@ -578,27 +520,23 @@ def main(argv=None):
         (out / "log.csv").write_text(log)
         if save_due:
             save_figures(nets, data, z_shown, out, step, args.crop, last=False)
-            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
-            state["random"] += torch.cuda.get_rng_state_all()
+            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
         last_step, start = step, time.perf_counter()
 
     save_figures(nets, data, z_shown, out, args.steps, args.crop)
-    classifier = classifier.to(device) if classifier else None
     results = measure(nets, data, z_shown, args.augmentation, args.crop, classifier, args.samples)
-    results |= {"steps": args.steps, "steps_per_second": args.steps / max(seconds, 1e-9), "config": config}
+    results |= {"steps": args.steps, "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         if isinstance(value, float):
             print(f"{name:26}{value:10.3f}")
-    print(f"The figures and results.json are in {out}/")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        fail("stopped: --resume goes on from the last checkpoint, if there is one", status=130)

@@ -3,8 +3,8 @@
 https://arxiv.org/abs/1804.10323
 
 The generator is a variational auto-encoder: an encoder E from images to latents, a decoder G from latents to images.
-The discriminator D is an auto-encoder too. It learns to reconstruct real images x well, and fake ones badly: those that
-G makes of noise, x_g, and of E's latents, x_v. G learns to make images that D reconstructs well. As in BEGAN a number k
+The discriminator D, an auto-encoder too, learns to reconstruct real images x well, and fake ones badly: those that G
+makes of noise, x_g, and of E's latents, x_v. G learns to make images that D reconstructs well. As in BEGAN a number k
 says how much D minds the fakes; a PID controller moves it so that the losses of real and fake images keep a ratio. E
 and G learn to give back x: in its pixels, and in what D's encoder makes of it, a similarity that is learned.
 
@@ -17,7 +17,7 @@ paper -> code
     Eq. 2, Eq. 7, Eq. 9: L_e; L_d, L_g, L_v; L_s      vae_began_losses
     Eq. 3        KL loss of the VAE, L_n              kl_loss
     Eq. 4        reparameterisation                   reparameterise
-    Eq. 5, 6     the losses without k, beta, gamma    fake_loss; Eq. 13, 14
+    Eq. 5, 6     the losses without k, beta, gamma    L_fake is Eq. 6; the rest: Eq. 13, 14
     Eq. 8        the discriminator's output           Discriminator
     Eq. 10, 11   measured eta; error e_t              balance
     Eq. 12       PID controller                       Controller
@@ -39,26 +39,24 @@ Rulings, where the paper is silent or contradicts itself
     - k and the two errors before the first start at 0, and k is kept in [0, 1], as in BEGAN. l1, "proportional" in
       Section 3.4's words on BEGAN, is the integral gain of Eq. 12.
     - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128 (64 below 128x128 is ours).
-      Section 4's three pairs of convolutions are those of 32x32: log2(S) - 2, four at 64x64. Encoder and decoder do not
-      have equally many layers (13, 10 at 64x64) and parameters, as it says (D 3.45 and 0.56 million; E 4.50).
+      Section 4's three pairs of convolutions are those of 32x32: log2(S) - 2, four at 64x64.
     - Batches of 16 and 64 latents are BEGAN's; Adam's betas and initial weights are torch's; its rate is constant.
-    - Of the codes of real images the means are taken, in Figure 8 of training images. Figure 6 is of real images, as in
-      its text, not of generated ones, as in its caption. "BEGAN* + LSM" has an L_s of x and an unrelated x_g.
+    - Codes of real images are E's means. Figure 6 is of real images, as in its text, not of generated ones, as in its
+      caption. "BEGAN* + LSM" has an L_s of x and an unrelated x_g.
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
     - BEGAN's z is uniform, and its learning rate its own (Section 5.4); here both are this paper's in all three models.
     - Algorithm 1 updates E, G, k and D in turn, from one forward pass; here all gradients are of one point.
-    - Default data are drawn faces. A tenth is held out (of CIFAR-10's 50,000 training images, too), and pictures and
-      results show only that, but for Figure 8's directions and the Inception score of real images. --quick has 20 times
-      the learning rate and 50 times gamma.
+    - Default data are drawn faces. A tenth is held out, and pictures and results show only that, but for Figure 8's
+      directions and the Inception score of real images. --quick has 20 times the learning rate and 50 times gamma.
 """
 
-import argparse
 import json
 import math
 import sys
 import time
 import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -78,7 +76,7 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
 }
 IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # and the n of each
 BETAS = (0.9, 0.999)  # of Adam, its usual
-FREE = ("attribute", "classifier", "samples")  # what a resumed run may change, beside steps and intervals
+FREE = ("steps", "log_every", "save_every", "classifier", "samples")  # what --resume may change
 FILE = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
 QUICK = {"image_size": 16, "filters": 16, "steps": 1400, "lr": 1e-3, "gamma": 5.0, "save_every": 500}
 
@@ -166,9 +164,7 @@ class Controller(nn.Module):
 
 
 def build_networks(model, image_size, filters, latent_dim, gains):
-    """G, D, for "vae-began" E of 2 Z outputs, and the controller. ValueError for a model or size that there is not."""
-    if model not in MODELS:
-        raise ValueError(f"model {model}: must be one of {list(MODELS)}")
+    """G, D, for "vae-began" E of 2 Z outputs, and the controller. ValueError for a size that they cannot have."""
     nets = nn.ModuleDict({"G": Decoder(image_size, filters, latent_dim)})
     nets["D"] = Discriminator(image_size, filters, latent_dim)
     if model == "vae-began":
@@ -188,11 +184,6 @@ def kl_loss(mean, log_variance):
 def reparameterise(mean, log_variance, epsilon):
     """Eq. 4: z_v = mean + epsilon * sigma; the paper's mu_v is mean. All [N, Z]."""
     return mean + epsilon * (log_variance / 2).exp()
-
-
-def fake_loss(L_g, L_v, alpha):
-    """Eq. 6, and in Eq. 5, 10, 11, 13, 14: L_g + alpha L_v."""
-    return L_g + alpha * L_v
 
 
 def balance(L_d, L_fake, eta):
@@ -221,7 +212,7 @@ def vae_began_losses(nets, weights, x, z_g, epsilon):
     L_d = F.l1_loss(x_prime_d, x)  # line 10, Eq. 7
     L_g = F.l1_loss(x_prime_g, x_g)  # line 10, Eq. 7
     L_v = F.l1_loss(x_prime_v, x_v)  # line 10, Eq. 7
-    L_fake = fake_loss(L_g, L_v, alpha)
+    L_fake = L_g + alpha * L_v  # Eq. 6
     L_enc = L_n + beta * L_s + gamma * L_e  # Eq. 15
     L_gen = L_fake + beta * L_s + gamma * L_e  # Eq. 14
     L_dis = L_d - k * L_fake  # Eq. 13, with k_{t-1}: line 12 comes after it in train_step
@@ -312,31 +303,25 @@ def save_interpolations(path, nets, x_1, x_2, columns=8):
     save_grid(path, torch.stack([x_1, *between, x_2], dim=1).flatten(0, 1), columns=columns + 2)
 
 
-def attribute_directions(nets, data, names, device):
-    """Section 5.5: for each named attribute, the mean code of training images with it minus that without: [A, Z]."""
+def attribute_directions(nets, data, device):
+    """Section 5.5: for each attribute, the mean code of training images with it minus that of those without: [A, Z]."""
     codes = torch.cat([encode(nets, to_float(part.to(device))) for part in data.train.split(250)])
-    labels = data.train_labels[:, [data.attributes.index(name) for name in names]].to(device)
+    labels = data.train_labels.to(device)
     return torch.stack([codes[has].mean(0) - codes[~has].mean(0) for has in labels.unbind(1)])
 
 
-def save_arithmetic(path, nets, data, names, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)):
-    """Figure 8: for each named attribute a row of G(z + strength * direction), its name in the first tile.
-
-    z: latents [len(names), Z] of generated images.
-    """
-    directions = attribute_directions(nets, data, names, z.device)
-    images = [nets["G"](z + strength * directions) for strength in strengths]
-    texts = [f"{strength:+g}" if strength != strengths[0] else name for name in names for strength in strengths]
+def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)):
+    """Figure 8: for each attribute a row of G(z + strength * direction), its name in the first tile. z: [N, Z]."""
+    directions = attribute_directions(nets, data, z.device).nan_to_num()  # nan where all images have it, or none
+    images = [nets["G"](z[: len(directions)] + strength * directions) for strength in strengths]
+    texts = [f"{s:+g}" if s != strengths[0] else name for name in data.attributes for s in strengths]
     save_grid(path, torch.stack(images, dim=1).flatten(0, 1), columns=len(strengths), captions=[texts])
 
 
 @torch.no_grad()
-def save_figures(nets, data, z, out, step, attributes=(), last=True):
-    """samples_<step>.png, Figures 2 and 3, reconstructions_<step>.png, (x, G(E(x))); if last also Figures 4, 6 and 8.
-
-    data: of which up to 40 held-out images are shown. z: latents [N, Z], of which 100 are. The same in every run.
-    attributes: those of Figure 8. Without E there are only samples and Figure 4.
-    """
+def save_figures(nets, data, z, out, step, last=True):
+    """samples_<step>.png, Figures 2 and 3, of 100 of the latents z [N, Z], reconstructions_<step>.png, of up to 40
+    held-out images, and if last Figures 4, 6 and, with attributes, 8. Without E only samples and Figure 4."""
     x = to_float(data.heldout[:40].to(z.device))
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     if last:
@@ -345,8 +330,8 @@ def save_figures(nets, data, z, out, step, attributes=(), last=True):
         save_grid(out / f"reconstructions_{step}.png", x, nets["G"](encode(nets, x)), columns=5)
         if last:
             save_interpolations(out / "figure6_interpolations.png", nets, x[: len(x) // 2 * 2][:10:2], x[1:10:2])
-        if last and attributes:
-            save_arithmetic(out / "figure8_arithmetic.png", nets, data, attributes, z[: len(attributes)])
+        if last and data.attributes:
+            save_arithmetic(out / "figure8_arithmetic.png", nets, data, z)
 
 
 def sample_diversity(samples, images):
@@ -366,52 +351,35 @@ def inception_score(probabilities, splits=10):
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 
-class Inception(nn.Module):
-    """torchvision's Inception v3: images [N, 3, S, S] in [-1, 1] -> logits [N, 1000] and features [N, 2048].
+def load_classifier(name, image_size, device):
+    """p(y|x) by --classifier, None for none: images [N, 3, S, S] in [-1, 1] -> logits [N, C] and features [N, F].
 
-    The weights are from torchvision's cache or fetched by it; raises what it raises where it has neither.
+    inception: torchvision's Inception v3, from its cache or fetched by it; a file: TorchScript. Raises what they raise
+    where there is neither, and ValueError where the file's answers are no such tensors.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
-        self.fc, self.net.fc = self.net.fc, nn.Identity()
-
-    def forward(self, x):
-        features = self.net(F.interpolate(x, (299, 299), mode="bilinear"))
-        return self.fc(features), features
-
-
-def load_classifier(name, image_size):
-    """p(y|x) by --classifier, in evaluation mode, or None: images [N, 3, S, S] in [-1, 1] to (logits, features)."""
     if name == "none":
         return None
     if name == "inception":
-        return Inception().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
-        classifier = torch.jit.load(name, map_location="cpu").eval()
-    logits, features = classifier(torch.zeros(2, 3, image_size, image_size))
-    if not (len(logits) == len(features) == 2 and logits.ndim == features.ndim == 2 and features.shape[1] > 1):
-        raise ValueError(
-            f"it does not take images [N, 3, {image_size}, {image_size}] to logits [N, C], features [N, F]"
-        )
+        net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False).eval().to(device)
+        to_logits, net.fc = net.fc, nn.Identity()
+
+        def classify(x):
+            """Logits [N, 1000] and features [N, 2048]."""
+            features = net(F.interpolate(x, (299, 299), mode="bilinear"))
+            return to_logits(features), features
+
+        return classify
+    warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+    classifier = torch.jit.load(name, map_location=device).eval()
+    answers = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
+    if not (isinstance(answers, tuple) and [answer.ndim for answer in answers] == [2, 2]):
+        raise ValueError(f"it does not take images [N, 3, {image_size}, {image_size}] to (logits, features)")
     return classifier
-
-
-def choose_attributes(names, data):
-    """The attributes of Figure 8: the named ones, or the five that are nearest to even in the training images."""
-    shares = dict(zip(data.attributes, data.train_labels.float().mean(0).tolist()))
-    for name in names or ():
-        if not 0 < shares.get(name, 0) < 1:
-            raise ValueError(f"no training images with and without {name}; there are {', '.join(shares) or 'none'}")
-    even = sorted((name for name in shares if 0 < shares[name] < 1), key=lambda name: abs(shares[name] - 0.5))
-    return names or even[:5]
 
 
 @torch.no_grad()
 def measure(nets, data, z, model, weights, classifier=None, count=0):
-    """The figures of merit, on held-out images and latents z [N, Z]; None without encoder or classifier.
+    """The figures of merit, on held-out images and latents z [N, Z]; None without encoder.
 
     classifier: see load_classifier; count: how many samples, and how many training images, it judges, if there are.
     """
@@ -432,7 +400,6 @@ def measure(nets, data, z, model, weights, classifier=None, count=0):
     losses = LOSSES[model](nets, weights, x[:64], few, few.flip(1))  # flipped, for an epsilon that is not z_g
     results |= {"convergence_measure": losses["convergence"].item(), "eta_measured": losses["eta_measured"].item()}
     results |= {"k": losses["k"].item(), "sample_diversity": sample_diversity(G(z), x)}
-    results |= dict.fromkeys(("inception_score", "inception_score_std", "inception_score_of_real"))
     if classifier:
         reals = data.train[:count]
         noise = torch.randn(len(reals), z.shape[1], generator=torch.Generator().manual_seed(1))
@@ -446,17 +413,15 @@ def measure(nets, data, z, model, weights, classifier=None, count=0):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def fail(message):
-    """End the program with one line, the message's first, on the standard error and exit status 2."""
+def fail(message, status=2):
+    """End the program with one line, the message's first, on the standard error."""
     print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="vae-began", help="the paper's model, or another row of Table 1")
@@ -466,7 +431,6 @@ def parse_args(argv):
     add("--eta", type=float, default=0.5, help="set point of the balance (Section 4)")
     gains = "l1, l2, l3 of Eq. 12; not given: 1e-3, 1e-5, 1e-5 (Section 4), the first alone for --model began"
     add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), help=gains)
-    add("--attribute", nargs="+", metavar="NAME", help="those of Figure 8; not given: the five nearest to even")
     files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
     add("--classifier", default="none", help=files)
     add("--samples", type=int, default=50_000, help="images in the Inception score, at most as many as to train on")
@@ -504,10 +468,8 @@ def parse_args(argv):
         least = {int: 10 if name == "samples" else 0 if name == "seed" else 1, float: 0}.get(type(value))
         if least is not None and not least <= value <= 1e12:
             fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
-    if args.attribute and args.model != "vae-began":
-        fail("--attribute is for Figure 8, which needs the encoder of --model vae-began")
     for name, value in checkpoint[NAME].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every", *FREE):
+        if getattr(args, name) != value and name not in FREE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
     if checkpoint and args.steps < checkpoint["step"]:
         fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
@@ -517,20 +479,17 @@ def parse_args(argv):
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
+    out, option = Path(args.out), f"--device {args.device}"
     try:
-        option = f"--device {args.device}"
         torch.zeros(1, device=(device := torch.device(args.device))).item()
         if args.graph:
             option += " with --graph"
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
         option = f"--data {args.data}"
         data = load_data(args.data, args.image_size, args.batch_size)
-        option = "--attribute"
-        attributes = choose_attributes(args.attribute, data)
         option = f"--classifier {args.classifier}"
         option += f", without {FILE} in {torch.hub.get_dir()}/checkpoints," if args.classifier == "inception" else ""
-        classifier = load_classifier(args.classifier, args.image_size)
+        classifier = load_classifier(args.classifier, args.image_size, device)
         option = f"--out {out}"
         out.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # of many kinds
@@ -541,15 +500,15 @@ def main(argv=None):
     nets = build_networks(args.model, args.image_size, args.filters, args.latent_dim, args.gains).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
-    begin, seconds, log = 0, 0.0, ""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "graph")}
+    begin, log = 0, ""
     if checkpoint:
-        begin, seconds, log = (checkpoint[name] for name in ("step", "seconds", "log"))
+        begin, log = checkpoint["step"], checkpoint["log"]
         nets.load_state_dict(checkpoint["networks"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"][0])
         torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/", flush=True)
+    print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
     last_step, start = begin, time.perf_counter()
@@ -564,8 +523,7 @@ def main(argv=None):
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        passed = time.perf_counter() - start
-        rate, seconds = (step - last_step) / passed, seconds + passed
+        rate = (step - last_step) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
@@ -576,27 +534,23 @@ def main(argv=None):
         (out / "log.csv").write_text(log)
         if save_due:
             save_figures(nets, data, z_shown, out, step, last=False)
-            state = {NAME: config, "step": step, "seconds": seconds, "log": log, "networks": nets.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "random": [torch.get_rng_state()]}
-            state["random"] += torch.cuda.get_rng_state_all()
+            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
         last_step, start = step, time.perf_counter()
 
-    save_figures(nets, data, z_shown, out, args.steps, attributes)
-    classifier = classifier.to(device) if classifier else None
+    save_figures(nets, data, z_shown, out, args.steps)
     results = measure(nets, data, z_shown, args.model, vars(args), classifier, args.samples)
-    results |= {"steps": args.steps, "steps_per_second": args.steps / max(seconds, 1e-9), "config": config}
+    results |= {"steps": args.steps, "config": config}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         if isinstance(value, float):
             print(f"{name:26}{value:10.3f}")
-    print(f"The figures and results.json are in {out}/")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        fail("stopped: --resume goes on from the last checkpoint, if there is one", status=130)

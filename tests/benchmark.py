@@ -113,7 +113,7 @@ def vae_began(m, args, nets, device):
     loop, k = Plain(optimizer, L_enc=[E], L_gen=[G], L_dis=[D]), [0.0]
 
     def fake_loss(x_g, x_v):
-        return m.fake_loss(F.l1_loss(D(x_g)[0], x_g), F.l1_loss(D(x_v)[0], x_v), args.alpha)
+        return F.l1_loss(D(x_g)[0], x_g) + args.alpha * F.l1_loss(D(x_v)[0], x_v)
 
     def plain(x):
         z_g, epsilon = torch.randn(2, len(x), args.latent_dim, device=device)
@@ -140,14 +140,14 @@ def pagan(m, args, nets, device):
 
     def plain(x):
         z, epsilon = torch.randn(2, len(x), args.latent_dim, device=device)
-        x_aug = m.augment(x, torch.rand(len(x), 2, device=device), args.augmentation, args.crop)
+        x_aug = m.AUGMENTATIONS[args.augmentation](x, torch.rand(len(x), 2, device=device), args.crop)
 
         def sample():
             return m.reparameterise(*E(x).chunk(2, 1), epsilon)
 
-        loop.minimise("L_d_x", m.minus_log(D_x(x)) + m.minus_log_not(D_x(G(z).detach())))
-        loop.minimise("L_d_z", m.minus_log(D_z(z)) + m.minus_log_not(D_z(sample().detach())))
-        loop.minimise("L_d_xx", m.minus_log(D_xx(x, x_aug)) + m.minus_log_not(D_xx(x, G(sample()).detach())))
+        loop.minimise("L_d_x", m.minus_log(D_x(x)) + m.minus_log(-D_x(G(z).detach())))
+        loop.minimise("L_d_z", m.minus_log(D_z(z)) + m.minus_log(-D_z(sample().detach())))
+        loop.minimise("L_d_xx", m.minus_log(D_xx(x, x_aug)) + m.minus_log(-D_xx(x, G(sample()).detach())))
         loop.minimise("L_g", m.minus_log(D_x(G(z))) + m.minus_log(D_xx(x, G(sample().detach()))))
         z_hat = sample()
         loop.minimise("L_e", m.minus_log(D_z(z_hat)) + m.minus_log(D_xx(x, G(z_hat))))

@@ -77,7 +77,7 @@ def run_as_a_user(name, *arguments, cwd, pictures):
             image.load()
             assert image.size == (columns * (64 * images + 4) + 4, down * 68 + 4), picture
     results, (header, rows) = json.loads((folder / "results.json").read_text()), log_of(folder)
-    assert results["steps"] == 5 and results["steps_per_second"] > 0
+    assert results["steps"] == 5
     assert header[0] == "step" and [row[0] for row in rows] == list("12345")
     assert all(math.isfinite(float(value or 0)) for row in rows for value in row)
     assert " on 27 images of " in out and "step 5  " in out and "steps/s" in out and "left" in out
@@ -96,7 +96,7 @@ def assert_same(a, b, where="checkpoint"):
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
-        for key in a.keys() - {"seconds", *SCRIPTS}:
+        for key in a.keys() - set(SCRIPTS):
             assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where

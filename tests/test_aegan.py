@@ -140,12 +140,10 @@ def test_the_baselines_share_the_parts_of_the_model():
         assert_same({name: whole[name] for name in names}, weights(model), model)
 
 
-def test_unknown_models_and_image_sizes_are_refused():
+def test_unknown_image_sizes_are_refused():
     for build, size in product((aegan.Generator, aegan.Encoder, partial(aegan.build_networks, "aegan")), (8, 48)):
         with pytest.raises(ValueError, match=str(size)):
             build(size, 2, 5)
-    with pytest.raises(ValueError, match="vae"):
-        aegan.build_networks("vae", 16, 2, 5)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -350,7 +348,7 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
     out, results, header, _ = run_as_a_user(*arguments, cwd=tmp_path, pictures=pictures)
     assert out.startswith("aegan on ")
     measures = ["heldout_l1", "heldout_l1_of_mean_image", "sharpness", "latent_mse", "sample_diversity"]
-    assert list(results) == [*measures, "steps", "steps_per_second", "config"] and results["config"]["channels"] == 2
+    assert list(results) == [*measures, "steps", "config"] and results["config"]["channels"] == 2
     assert all(0 < results[name] < 10 and f"{name:26}{results[name]:10.3f}" in out for name in measures)
     assert header == "L_D_x L_D_z L_G_E GAN_x_hat GAN_x_tilde GAN_z_hat GAN_z_tilde r_x r_z".split()
 
