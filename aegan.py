@@ -1,9 +1,8 @@
 """Autoencoding generative adversarial networks (Conor Lazarou, 2020, https://arxiv.org/abs/2004.05472).
 
-A generator G from latents to images, an encoder E from images to latents, and a discriminator on either side, D_x and
-D_z. G and E must fool them with what they make of real latents and images, x_hat and z_hat, and of each other's output,
-x_tilde and z_tilde; and the latter two must be the x and z that they began with. So G and E become each other's
-inverse. G has to give back every training image, which mitigates collapse.
+A generator G from latents to images, an encoder E back, and discriminators D_x of images, D_z of latents. G and E must
+fool them with what they make of real latents and images, x_hat and z_hat, and of each other's output, x_tilde and
+z_tilde, which must be the x and z that they began with. G has to give back every image, which mitigates collapse.
 
     python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python aegan.py --data photos/ --out runs/photos    # the paper's set-up on a folder of images
@@ -33,7 +32,6 @@ Departures
     - --alpha, from that code, weighs Eq. 2 to 5 for G and E alone. --quick has a 20th of it, a 10th of lambda_rz, and
       2.5 times the learning rate of G and E.
     - Batches are drawn with replacement; each image is mirrored with probability 1/2, for the paper's mirrored copies.
-    - Other image sizes have the same layers, and the 4x4 bottleneck; how many of them resize varies.
     - Default data are drawn faces. A tenth is held out, and pictures and results show only that.
 """
 
@@ -182,8 +180,7 @@ def build_networks(model, image_size, channels, latent_dim):
 def discriminator_loss(d_real, d_fake):
     """Eq. 2 to 5 as D minimises them: -mean log D(real) - mean log(1 - D(fake)), with labels 0.95 and 0.05 for 1 and 0.
 
-    d_real, d_fake: D's logits [N, 1], [M, 1]; D_x's of x and x_hat in Eq. 1 and 2, of x and x_tilde in Eq. 3, D_z's of
-    z and z_hat in Eq. 4, of z and z_tilde in Eq. 5.
+    d_real, d_fake: D's logits [N, 1], [M, 1]: D_x's of x and x_hat or x_tilde, D_z's of z and z_hat or z_tilde.
     """
     real = F.binary_cross_entropy_with_logits(d_real, torch.full_like(d_real, REAL))
     return real + F.binary_cross_entropy_with_logits(d_fake, torch.full_like(d_fake, FAKE))
@@ -280,7 +277,6 @@ def record(step, batch):
         losses = step(*batch)
 
     def replay(*new_batch):
-        """A step on tensors of the same shapes."""
         torch._foreach_copy_(batch, new_batch)
         graph.replay()
         return losses
@@ -439,7 +435,7 @@ def main(argv=None):
     print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
-    last_step, start = begin, time.perf_counter()
+    start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
         batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim, not args.no_flip)
         if args.graph and step == begin + 4:
@@ -451,7 +447,7 @@ def main(argv=None):
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        rate = (step - last_step) / (time.perf_counter() - start)
+        rate = (step - begin) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
@@ -466,7 +462,6 @@ def main(argv=None):
             state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
-        last_step, start = step, time.perf_counter()
 
     save_figures(nets, data, z_shown, out, args.steps)
     results = measure(nets, data, z_shown) | {"steps": args.steps, "config": config}

@@ -105,7 +105,6 @@ def _load_folder(folder, size, seed):
     attributes, table = _read_attributes(folder)
 
     def read(path):
-        """The image, or None."""
         try:
             return read_image(path, size)
         except Exception:  # Pillow's decoders raise many kinds: what cannot be read is skipped and counted
@@ -186,9 +185,7 @@ def save_grid(path, *batches, columns=10, captions=()):
 
 def draw_faces(count, size, seed=0):
     """Cartoon faces: images uint8 [count, 3, size, size], the names of the A attributes, labels bool [count, A].
-
-    The same bytes on every machine with the same Pillow; image i depends on seed, size and i alone.
-    """
+    Image i depends on seed, size and i alone; the bytes on Pillow's version, too."""
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     labels = torch.empty(count, len(FACE_ATTRIBUTES), dtype=torch.bool)
     for i in range(count):
@@ -205,7 +202,7 @@ def draw_face(rng, size):
     parts = {name for name, odds in ODDS.items() if rng.random() < odds} | {"head"}
     hair = rng.random() * len(HAIR)
     parts = parts - {"long_hair", "bangs"} if "bald" in parts else parts | {"hair", HAIR[int(hair)]}
-    parts.add((("stern", "beaming"), ("gaping", "laughing"))["open_mouth" in parts]["smiling" in parts])
+    parts.add((("stern", "beaming"), ("gaping", "laugh"))["open_mouth" in parts]["smiling" in parts])
     colours = {"white": (255, 255, 255), "black": (28, 26, 34), "gold": (255, 214, 60)}
     for name, options in PALETTE.items():
         number = int(hair if name == "hair" else rng.random() * len(options))
@@ -235,13 +232,12 @@ ODDS = {"bald": 0.12, "long_hair": 0.4, "bangs": 0.4, "glasses": 0.3, "smiling":
         "hat": 0.2, "earrings": 0.25}
 FACE_ATTRIBUTES = (*HAIR, *ODDS, "pale_skin")
 CLOTHES = (200, 60, 66), (52, 96, 170), (60, 140, 96), (236, 236, 240), (90, 70, 120), (240, 160, 50)
+BACKGROUNDS = (240, 192, 192), (244, 222, 170), (196, 228, 190), (176, 214, 236), (206, 190, 236), (170, 178, 190)
 PALETTE = {
     "hair": ((38, 32, 36), (112, 70, 40), (238, 204, 112), (196, 78, 40)),
-    "skin": ((246, 220, 202), (232, 184, 148), (192, 134, 94), (128, 84, 58)), "lips": ((176, 50, 60),),
-    "background": (
-        (240, 192, 192), (244, 222, 170), (196, 228, 190), (176, 214, 236), (206, 190, 236), (170, 178, 190)
-    ),
-    "clothes": CLOTHES, "hat": CLOTHES, "eyes": ((86, 56, 36), (60, 110, 160), (70, 120, 70)),
+    "skin": ((246, 220, 202), (232, 184, 148), (192, 134, 94), (128, 84, 58)),
+    "lips": ((176, 50, 60),), "background": BACKGROUNDS, "clothes": CLOTHES, "hat": CLOTHES,
+    "eyes": ((86, 56, 36), (60, 110, 160), (70, 120, 70)),
 }
 # In drawing order: part, colour, shape, box in percent (if it ends left of the middle it is drawn on both sides), and
 # radius or angles.
@@ -257,8 +253,7 @@ FACE = (
     ("bangs", "hair", "ellipse", (35, 26, 50, 43)), ("head", "white", "ellipse", (33.4, 47.4, 44.6, 56.6)),
     ("head", "eyes", "ellipse", (35.6, 48.4, 42.4, 56)), ("head", "black", "ellipse", (37.4, 50.4, 40.6, 54)),
     ("head", "hair --", "arc", (32, 43, 46, 56), 220, 320), ("head", "skin --", "arc", (46.5, 54, 53.5, 61.5), 20, 160),
-    ("laughing", "lips --", "chord", (40, 59, 60, 74), 0, 180),
-    ("laughing", "white", "chord", (42, 63, 58, 69), 0, 180),
+    ("laugh", "lips --", "chord", (40, 59, 60, 74), 0, 180), ("laugh", "white", "chord", (42, 63, 58, 69), 0, 180),
     ("gaping", "lips --", "ellipse", (44, 64, 56, 74)), ("gaping", "lips", "ellipse", (46.5, 69.5, 53.5, 73.5)),
     ("beaming", "lips", "chord", (38, 60, 62, 74), 0, 180), ("stern", "lips", "rectangle", (44, 67.4, 56, 69.6)),
     ("glasses", "black", "arc", (29, 43, 48, 61), 0, 360), ("glasses", "black", "rectangle", (47, 49, 53, 51)),

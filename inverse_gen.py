@@ -23,9 +23,8 @@ paper -> code
     Algorithm 1  the paper's AEGAN, Eq. 6 to 8        aegan_losses, train_step (not the AEGAN of aegan.py)
     Figure 2     reconstructed samples                save_figures
     Table 1      their similarity by dHash            dhash; measure_inversion: dhash_similarity
-    Figure 3     search with changed images           change_images, save_found; measure_search: search_top1
+    Figures 3, 4 search with changed, other images    change_images, save_found; measure_search: search_top1_...
     Table 2      label similarity of what is found    label_agreement
-    Figure 4     search with other images             save_found
     Section 4.2  dHash, pHash, colour histogram       dhash, phash, colour_histogram; describe, distances
     Figure 5     blurred images restored              save_figures; measure_inversion: deblur_l1_after
 
@@ -33,8 +32,7 @@ Rulings, where the paper is silent or contradicts itself
     - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
       Algorithm 1 means Eq. 5; its IG(G(x)) is IG(G(z)). 16x16 and 32x32 images leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - Weights start from N(0, 0.02), batch norm's from 1, leaky ReLU has slope 0.2, as in DCGAN; Adam's second moment
-      decays with 0.999. Both stages take 50,000 steps; the BiGAN, which has one stage, all of them.
+    - Initial weights and leaky ReLU are DCGAN's. Both stages take 50,000 steps; the BiGAN, which has one, all of them.
     - Eq. 3, without labels as in Section 4.1, and 5 are means over dimensions or pixels. Eq. 8 prints a plain gradient
       step, the Appendix has Adam. Eq. 2, which is not measured in the paper, starts from z = 0, kept in [-1, 1].
     - dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, compared by intersection.
@@ -141,13 +139,11 @@ class PairDiscriminator(nn.Module):
 
 def build_networks(method, image_size, channels, latent_dim):
     """The networks by the paper's names, in training mode, IG but for "search". ValueError for a size that is none."""
-    nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
-    if method == "bigan":
-        nets["D"] = PairDiscriminator(image_size, channels, latent_dim)
-    else:
-        nets["D"] = Discriminator(image_size, channels)
+    sizes = image_size, channels, latent_dim
+    nets = nn.ModuleDict({"G": Generator(*sizes)})
+    nets["D"] = PairDiscriminator(*sizes) if method == "bigan" else Discriminator(image_size, channels)
     if method != "search":
-        nets["IG"] = InverseGenerator(image_size, channels, latent_dim)
+        nets["IG"] = InverseGenerator(*sizes)
     for layer in nets.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.normal_(layer.weight, std=INITIAL_STD)
@@ -165,10 +161,8 @@ def generate(G, z):
 
 
 def discriminator_loss(d_real, d_fake):
-    """Eq. 4 and Eq. 1 as D minimises them: -E[log D(real)] - E[log(1 - D(fake))].
-
-    d_real, d_fake: D's logits [N, 1] of x and G(z), or of (x, IG(x)) and (G(z), z).
-    """
+    """Eq. 4 and Eq. 1 as D minimises them: -E[log D(real)] - E[log(1 - D(fake))]. d_real, d_fake: D's logits [N, 1], of
+    x and G(z), or of (x, IG(x)) and (G(z), z)."""
     return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
 
 
@@ -236,10 +230,8 @@ def to_unit(images):
 
 
 def train_step(nets, optimizer, stage, x, z):
-    """One update of the networks of the stage, gan, aegan, direct or bigan, all at the same point. Sets their modes.
-
-    Returns the losses before it, detached: see LOSSES.
-    """
+    """One update of the networks of the stage, gan, aegan, direct or bigan, all at the same point, in the modes that it
+    sets. Returns the losses before it, detached: see LOSSES."""
     nets.train()
     nets["G"].train(stage in ("gan", "bigan"))  # else G is frozen: in evaluation mode, and without gradients
     losses = LOSSES[stage](nets, x, z)
@@ -262,7 +254,6 @@ def record(step, batch):
         losses = step(*batch)
 
     def replay(*new_batch):
-        """A step on tensors of the same shapes."""
         torch._foreach_copy_(batch, new_batch)
         graph.replay()
         return losses
@@ -361,8 +352,7 @@ def wear_sunglasses(x):
 
 def change_images(x):
     """Figure 3: images x [N, 3, S, S] in [0, 1], changed in four ways, blur and crop being ours: {name: same shape}."""
-    size = x.shape[-1]
-    margin = max(1, round(0.05 * size))
+    size, margin = x.shape[-1], max(1, round(0.05 * x.shape[-1]))
     return {
         "colour": transforms.adjust_saturation(transforms.adjust_hue(x, 0.1), 0.5),
         "sunglasses": wear_sunglasses(x),
@@ -377,10 +367,8 @@ def save_images(path, *batches, **options):
 
 
 def save_found(path, invert, queries, gallery, described, per_row):
-    """Figures 3 and 4: images, and the nearest of the gallery to each by codes and by each of the DESCRIPTORS.
-
-    queries: [Q, 3, S, S] in [0, 1], per_row of them a row; gallery: uint8 [M, 3, S, S]; described: its describe().
-    """
+    """Figures 3 and 4: queries [Q, 3, S, S] in [0, 1], per_row of them a row, each with the nearest of the gallery,
+    uint8 [M, 3, S, S], by codes and by each of the DESCRIPTORS. described: describe() of the gallery."""
     found = distances(describe([queries], invert), described)
     results = [to_unit(gallery[distance.argmin(1).cpu()]) for distance in found.values()]
     captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]
@@ -466,7 +454,6 @@ def save_query(path, invert, x, data, count, device):
         print(f"{d:8.3f}  {data.paths[i] if data.paths else f'training image {i}'}")
     captions = [["query", *(f"{d:.2f}" for d in shortest)]]
     save_images(path, to_unit(torch.cat([x[None], gallery[index]])), captions=captions)
-    print(f"{path} shows them")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -571,7 +558,7 @@ def main(argv=None):
         return save_query(out / "query.png", invert, query, data, args.gallery, device)
     print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
-    images, last_step, start = place_images(data.train, device), begin, time.perf_counter()
+    images, start = place_images(data.train, device), time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
         if step in (begin + 1, args.gan_steps + 1):  # "First we train the GAN's generator G", then IG (Section 3.2)
             of_gan = args.method == "search" or args.method != "bigan" and step <= args.gan_steps
@@ -587,7 +574,7 @@ def main(argv=None):
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        rate = (step - last_step) / (time.perf_counter() - start)
+        rate = (step - begin) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
@@ -602,11 +589,9 @@ def main(argv=None):
             state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
-        last_step, start = step, time.perf_counter()
 
     nets.eval()
     gallery = data.train[: args.gallery]
-    print(f"searching among {len(gallery)} images", flush=True)
     described = describe((to_unit(part.to(device)) for part in gallery.split(250)), invert)
     save_figures(nets, invert, data, z_shown, out, args.steps, described)
     results = measure_inversion(nets, invert, data, z_shown)

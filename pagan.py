@@ -263,7 +263,6 @@ def record(step, batch):
         losses = step(*batch)
 
     def replay(*new_batch):
-        """A step on tensors of the same shapes."""
         torch._foreach_copy_(batch, new_batch)
         graph.replay()
         return losses
@@ -496,7 +495,7 @@ def main(argv=None):
 
     images = place_images(data.train, device)
     step_on = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
-    last_step, start = begin, time.perf_counter()
+    start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
         drawn = draw_images(images, args.batch_size, device)
         batch = draw_batch(drawn, args.latent_dim, args.augmentation, args.crop)
@@ -509,7 +508,7 @@ def main(argv=None):
         values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
         for name in (name for name, value in values.items() if not math.isfinite(value)):
             fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
-        rate = (step - last_step) / (time.perf_counter() - start)
+        rate = (step - begin) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
@@ -524,7 +523,6 @@ def main(argv=None):
             state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             torch.save(state, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
-        last_step, start = step, time.perf_counter()
 
     save_figures(nets, data, z_shown, out, args.steps, args.crop)
     results = measure(nets, data, z_shown, args.augmentation, args.crop, classifier, args.samples)
