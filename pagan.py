@@ -461,11 +461,10 @@ def parse_args(argv):
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, option = Path(args.out), f"--device {args.device}"
+    out, option = Path(args.out), f"--device {args.device}" + " with --graph" * args.graph
     try:
         torch.zeros(1, device=(device := torch.device(args.device))).item()
         if args.graph:
-            option += " with --graph"
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
         option = f"--data {args.data}"
         data = load_data(args.data, args.image_size, args.batch_size)

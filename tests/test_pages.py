@@ -3,10 +3,12 @@
 import importlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, TINY
 
 from common import draw_face
@@ -51,13 +53,15 @@ def test_the_options_named_on_a_page_are_some_script_s(cli, monkeypatch):
             assert re.search(rf"{flag}\b(?!-)", known), (page.name, flag)
 
 
-def run_printed(code, folder):
-    """Run a Python program printed in the README in a folder, beside the scripts."""
+def run_printed(code, folder, *arguments):
+    """Run a Python program printed on a page in a folder, beside the scripts; what it printed."""
     (folder / "printed.py").write_text(code)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, "printed.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    command, options = (
+        [sys.executable, "printed.py", *arguments],
+        {"capture_output": True, "text": True, "timeout": 120},
     )
+    result = subprocess.run(command, cwd=folder, env=environment, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -71,6 +75,20 @@ def test_the_printed_programs_run(photos, tmp_path, cli):
     assert (tmp_path / "me.png").stat().st_size > 500
     shown = run_printed(copy, tmp_path)
     assert shown.count("L_G_E") == 4 and (tmp_path / "samples.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name, width", [("vae_began", "--filters"), ("inverse_gen", "--gan-steps")])
+def test_the_programs_on_the_pages_run(name, width, photos, tmp_path, cli):
+    shutil.copytree(photos, tmp_path / "photos")
+    rows = [f"{i}.png,{i % 2},{int(i > 5)}" for i in range(30)]
+    (tmp_path / "photos" / "attributes.csv").write_text("\n".join(["file,odd,late", *rows]))
+    classifier = torch.jit.trace(lambda x: (x[:, :, 0, 0], x[:, 0, 0]), torch.zeros(2, 3, 16, 16))
+    classifier.save(str(tmp_path / "classifier.pt"))
+    run = ["--data", tmp_path / "photos", *TINY[:2], *TINY[4:], width, 2, "--steps", 3, "--out", tmp_path / "run"]
+    assert cli(importlib.import_module(name), *run).status == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "results" / f"{name}.md").read_text(), re.DOTALL)
+    lines = run_printed(code, tmp_path, "run").splitlines()
+    assert len(lines) > 1 and all(line.startswith("run ") and re.search(r"[01]\.\d\d", line) for line in lines)
 
 
 def test_the_readme_is_short():

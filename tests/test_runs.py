@@ -33,10 +33,7 @@ SCRIPTS = {
         "tiny": TINY,
         "breaks": ("aegan", "L_G_E"),
         "models": [["--model", "gan"], ["--model", "aae"]],
-        "bad": [
-            (["--model", "vae"], ["--model", "vae", "aegan"]),
-            (["--lambda-rx", "nan"], ["--lambda-rx", "nan"]),
-        ],
+        "bad": [(["--model", "vae"], ["--model", "vae", "aegan"]), (["--lambda-rx", "nan"], ["--lambda-rx", "nan"])],
         "fixed": [(["--model", "gan"], ["model = aegan, not gan"])],
     },
     "bigan_latent": {
@@ -49,10 +46,7 @@ SCRIPTS = {
             (["--lambda-2", "nan"], ["--lambda-2", "nan"]),
             (["--lambda-3", 1], ["--lambda-3", "alexnet-owt-7be5be79.pth", "checkpoints"]),
         ],
-        "fixed": [
-            (["--experiment", "EX8"], ["experiment = EX7, not EX8"]),
-            (["--unroll", 0], ["unroll = 1, not 0"]),
-        ],
+        "fixed": [(["--experiment", "EX8"], ["experiment = EX7, not EX8"]), (["--unroll", 0], ["unroll = 1, not 0"])],
     },
     "vae_began": {
         "tiny": ["--filters" if argument == "--channels" else argument for argument in TINY],
