@@ -365,7 +365,7 @@ def parse_args(argv):
     add("--batch-size", type=int, default=16, help="images a step (Section 4)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 4)")
     add("--latent-dim", type=int, default=32, help="dimensions Z of the latents (Section 4)")
-    add("--channels", type=int, default=64, help="width of the narrowest layers (the author's code)")
+    add("--channels", type=int, default=64, help="width of the narrowest layers of G, E, D_x (the author's code)")
     add("--no-flip", action="store_true", help="do not add mirror images (Section 4)")
     add("--lr", type=float, default=2e-4, help="learning rate of G and E (the author's code, as those below)")
     add("--lr-discriminator", type=float, default=5e-4, help="learning rate of D_x and D_z")

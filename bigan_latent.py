@@ -15,7 +15,7 @@ compared with it. D is unrolled: G and E look K of its updates ahead.
 paper -> code
     Section 3    the pairs q, (x, z'), and p, (x', z); here x' is x_hat = G(z), z' is z_hat = E(x); x_tilde = G(E(x))
     Figures 1-3  the three networks                     Generator, Encoder, Discriminator
-    Eq. 1-3      the objective of a BiGAN               discriminator_loss (for D), generator_loss (for G, E)
+    Eq. 1, Eq. 2, Eq. 3: the objective of a BiGAN       discriminator_loss (for D), generator_loss (for G, E)
     Eq. 4, 6     penalties on pixels and on latents     penalty
     Eq. 5        penalty on features                    feature_penalty; Features is H
     Eq. 7        the other penalty on latents, L_AD'    measure: autodecoder_q (not used for training)
@@ -54,7 +54,7 @@ import json
 import math
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from datetime import timedelta
 from functools import partial
@@ -406,9 +406,9 @@ def parse_args(argv):
     parser.error, add = fail, parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--experiment", choices=EXPERIMENTS, default="EX7", help="row of Table 1 that sets the next three")
-    add("--lambda-1", type=float, help="weight of Eq. 6: latents z against E(G(z))")
-    add("--lambda-2", type=float, help="weight of Eq. 4: pixels of x against G(E(x))")
-    add("--lambda-3", type=float, help="weight of Eq. 5: AlexNet's features of x against G(E(x))")
+    add("--lambda-1", type=float, default=SUPPRESS, help="weight of Eq. 6: latents z against E(G(z))")
+    add("--lambda-2", type=float, default=SUPPRESS, help="weight of Eq. 4: pixels of x against G(E(x))")
+    add("--lambda-3", type=float, default=SUPPRESS, help="weight of Eq. 5: AlexNet's features of x against G(E(x))")
     add("--unroll", type=int, default=8, help="K, D's updates that G and E look ahead (Section 5); 0: a plain BiGAN")
     add("--stochastic-encoder", action="store_true", help="E gives a mean and a variance (footnote 1)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")

@@ -32,7 +32,7 @@ Rulings, where the paper is silent or contradicts itself
     - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
       Algorithm 1 means Eq. 5; its IG(G(x)) is IG(G(z)). 16x16 and 32x32 images leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - Initial weights and leaky ReLU are DCGAN's. Both stages take 50,000 steps; the BiGAN, which has one, all of them.
+    - Initial weights and leaky ReLU are DCGAN's. Both stages take 50,000 steps; the BiGAN and search have one.
     - Eq. 3, without labels as in Section 4.1, and 5 are means over dimensions or pixels. Eq. 8 prints a plain gradient
       step, the Appendix has Adam. Eq. 2, which is not measured in the paper, starts from z = 0, kept in [-1, 1].
     - dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, compared by intersection.
@@ -42,8 +42,8 @@ Departures
     - G minimises -log D(G(z)), as DCGAN does; G and IG of the BiGAN have labels swapped, as in BiGAN's code.
     - D and G step at once (in DCGAN D first); D(x) and D(G(z)) are normalised each by its own batch, as there. The two
       kinds of pairs of the BiGAN are normalised by one, or samples collapse.
-    - Default data are drawn faces. A tenth is held out; nine tenths, in random order, train and are the gallery, which
-      Figure 3's queries are from. Differences are given for [-1, 1].
+    - Default data are drawn faces. A tenth is held out; nine tenths, in random order, train, and the first --gallery of
+      them are the gallery, which Figure 3's queries are from. Differences are given for [-1, 1].
 """
 
 import json
@@ -428,7 +428,7 @@ def measure_inversion(nets, invert, data, z):
 
 @torch.no_grad()
 def measure_search(invert, data, described, count, device):
-    """Table 2 and Figure 3, of up to count images. described: describe() of the gallery, the first to train on."""
+    """Table 2 and Figure 3, of up to count images. described: describe() of the gallery, the first of data.train."""
     gallery, results = len(described["codes"]), {}
     if data.attributes:
         x = to_unit(data.heldout[:count].to(device))
@@ -480,7 +480,7 @@ def parse_args(argv):
     add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
-    add("--steps", type=int, default=100_000, help="updates, those of the DCGAN and those of IG")
+    add("--steps", type=int, default=100_000, help="all updates, those of the DCGAN included")
     add("--batch-size", type=int, default=64, help="images a step (Appendix)")
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Table 4)")
     add("--latent-dim", type=int, default=100, help="dimensions Z of the latents (Table 3)")
@@ -515,7 +515,7 @@ def parse_args(argv):
     if checkpoint and args.steps < checkpoint["step"]:
         fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
     if args.method in ("aegan", "direct") and args.gan_steps >= args.steps:
-        fail(f"--gan-steps {args.gan_steps} leave none of --steps {args.steps} for IG: give more --steps")
+        fail(f"--gan-steps {args.gan_steps} leave none of --steps {args.steps} for IG: change one of them")
     if args.query and args.method in ("aegan", "direct") and checkpoint["step"] <= args.gan_steps:
         fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
     return args, checkpoint

@@ -7,8 +7,8 @@ What makes G(E(x)) like x is not a distance of pixels but a discriminator on pai
 and a random augmentation of it, from (x, G(E(x))). So G(E(x)) must show what x shows, but not at the same pixels. D(x)
 matches G's samples to the images, and D(z) E's latents to the prior.
 
-    python pagan.py --quick                                                 # cartoon faces in three minutes on a CPU
-    python pagan.py --data photos/ --out runs/photos                        # a folder of images
+    python pagan.py --quick                             # cartoon faces within three minutes on two CPU cores
+    python pagan.py --data photos/ --out runs/photos    # a folder of images
     python pagan.py --data cifar10 --reconstruction l1 --classifier inception --out runs/l1    # an ablation
 
 slides -> code
@@ -414,7 +414,7 @@ def parse_args(argv):
     add("--l1-weight", type=float, default=10.0, help="of the L1 loss of PAGAN-L1")
     files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
     add("--classifier", default="none", help=files)
-    add("--samples", type=int, default=10_000, help="generated images that the classifier judges")
+    add("--samples", type=int, default=10_000, help="generated and, at most, training images that are judged")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
     add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -449,7 +449,7 @@ def parse_args(argv):
         if least is not None and not least <= value <= 1e12:
             fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
-        fail(f"--crop cannot be {args.crop}: it must be 0, or from a pixel to half of the side")
+        fail(f"--crop cannot be {args.crop}: it must be 0, or from more than half a pixel to half of the side")
     for name, value in checkpoint[NAME].items() if checkpoint else ():
         if getattr(args, name) != value and name not in FREE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")

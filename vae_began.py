@@ -14,6 +14,7 @@ and G learn to give back x: in its pixels, and in what D's encoder makes of it, 
 
 paper -> code
     Figure 1     F_vae-e, F_vae-d; F_ae-e and F_ae-d  Encoder E (theta_e), Decoder G (theta_d); D (theta_e', theta_d')
+    Eq. 1        the likelihood of a VAE              not computed: L_e and L_n stand for it
     Eq. 2, Eq. 7, Eq. 9: L_e; L_d, L_g, L_v; L_s      vae_began_losses
     Eq. 3        KL loss of the VAE, L_n              kl_loss
     Eq. 4        reparameterisation                   reparameterise
@@ -56,7 +57,7 @@ import math
 import sys
 import time
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -310,7 +311,7 @@ def attribute_directions(nets, data, device):
 
 
 def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)):
-    """Figure 8: for each attribute a row of G(z + strength * direction), its name in the first tile. z: [N, Z]."""
+    """Figure 8: for each attribute a row of G(z + strength * direction), named in the first tile. z: [N, Z], N >= A."""
     directions = attribute_directions(nets, data, z.device).nan_to_num()  # nan where all images have it, or none
     images = [nets["G"](z[: len(directions)] + strength * directions) for strength in strengths]
     texts = [f"{s:+g}" if s != strengths[0] else name for name in data.attributes for s in strengths]
@@ -380,7 +381,7 @@ def load_classifier(name, image_size, device):
 def measure(nets, data, z, model, weights, classifier=None, count=0):
     """The figures of merit, on held-out images and latents z [N, Z]; None without encoder.
 
-    classifier: see load_classifier; count: how many samples, and how many training images, it judges, if there are.
+    classifier: see load_classifier; it judges count samples and count training images, or as many as these are.
     """
     G, device = nets["G"], z.device
     mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(device)
@@ -425,11 +426,11 @@ def parse_args(argv):
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="vae-began", help="the paper's model, or another row of Table 1")
     add("--alpha", type=float, default=0.3, help="weight of L_v (Section 4)")
-    add("--beta", type=float, help="weight of L_s; not given: 0.1 (Section 4), 0 for --model began")
+    add("--beta", type=float, default=SUPPRESS, help="weight of L_s; 0.1 (Section 4), or 0 for --model began")
     add("--gamma", type=float, default=0.1, help="weight of L_e (Section 4)")
     add("--eta", type=float, default=0.5, help="set point of the balance (Section 4)")
-    gains = "l1, l2, l3 of Eq. 12; not given: 1e-3, 1e-5, 1e-5 (Section 4), the first alone for --model began"
-    add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), help=gains)
+    gains = "l1, l2, l3 of Eq. 12; 1e-3, 1e-5, 1e-5 (Section 4), or the first alone for --model began"
+    add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), default=SUPPRESS, help=gains)
     files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
     add("--classifier", default="none", help=files)
     add("--samples", type=int, default=50_000, help="images in the Inception score, at most as many as to train on")

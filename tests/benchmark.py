@@ -1,4 +1,4 @@
-"""How fast the scripts train, beside a plain loop over the same networks, losses, batches and updates.
+"""How fast the scripts train, beside a plain loop over the same networks and losses, with as many updates.
 
     python tests/benchmark.py                                # all scripts: the paper's settings on CUDA, else --quick's
     python tests/benchmark.py --scripts aegan pagan --graph --out benchmark.json
@@ -267,7 +267,9 @@ def measure(task, device, folder, turns, seconds, graph):
     row |= {"script": script, "plain": plain, "rates": rates, "operations_per_step": counter.get_total_flops()}
     row["ratio"] = statistics.median(a / b for a, b in zip(*rates.values()))
     row["operations_per_second"] = row["operations_per_step"] * script / args.batch_size
-    steps = args.gan_steps if task == "inverse_gen gan" else args.steps
+    steps = args.steps
+    if task.startswith("inverse_gen"):  # two stages
+        steps = args.gan_steps if task.endswith(" gan") else args.steps - args.gan_steps
     row |= {"steps": steps, "minutes_for_all_steps": steps * args.batch_size / script / 60}
     return row
 

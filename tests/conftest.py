@@ -63,7 +63,7 @@ def start(script, *arguments, cwd):
 
 
 def run_as_a_user(name, *arguments, cwd, pictures):
-    """Run a script, five steps, in a process of its own; returns what it printed, results.json, the losses and the log.
+    """Run a script, five steps, in a process of its own: what it printed, results.json, the log's header and its rows.
 
     pictures: all that it should leave, {name: (columns, rows, tiles of 64 pixels in a column)}.
     """
@@ -92,7 +92,7 @@ def assert_refused(result, *words):
 
 
 def assert_same(a, b, where="checkpoint"):
-    """Two checkpoints (nested dicts, lists, tensors, numbers) are the same bit for bit, but for time and arguments."""
+    """Two checkpoints (nested dicts, lists, tensors, numbers) are the same bit for bit, but for arguments."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where

@@ -1,4 +1,4 @@
-"""Train a small image classifier and save it as TorchScript, for pagan.py --classifier FILE.
+"""Train a small image classifier and save it as TorchScript, for --classifier FILE of pagan.py and vae_began.py.
 
     python tests/make_classifier.py --out classifier.pt                          # faces of 16x16 pixels, as --quick has
     python tests/make_classifier.py --data photos/ --image-size 32 --out classifier.pt
@@ -64,8 +64,8 @@ def classes_of_subfolders(data, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="faces", help="as in pagan.py")
-    parser.add_argument("--image-size", type=int, choices=(16, 32, 64), default=16, help="that of pagan.py's run")
+    parser.add_argument("--data", default="faces", help="as in the scripts")
+    parser.add_argument("--image-size", type=int, choices=(16, 32, 64, 128), default=16, help="that of the run")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--out", type=Path, default="classifier.pt")
     args = parser.parse_args()

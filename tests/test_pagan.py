@@ -263,9 +263,6 @@ def test_train_step_against_autograd_by_hand(reconstruction):
             torch.testing.assert_close(parameter, other.get_parameter(name), atol=1e-8, rtol=1e-6, msg=name)
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
 def test_batches_are_the_images_their_augmentations_and_normal_noise(monkeypatch):
     images, augment = draw_faces(10, 16)[0].repeat(50, 1, 1, 1), MagicMock()
     monkeypatch.setitem(pagan.AUGMENTATIONS, "blur", augment)
