@@ -239,8 +239,7 @@ PALETTE = {
     "lips": ((176, 50, 60),), "background": BACKGROUNDS, "clothes": CLOTHES, "hat": CLOTHES,
     "eyes": ((86, 56, 36), (60, 110, 160), (70, 120, 70)),
 }
-# In drawing order: part, colour, shape, box in percent (if it ends left of the middle it is drawn on both sides), and
-# radius or angles.
+# In drawing order: part, colour, shape, box in percent (on both sides if it ends left of the middle), radius or angles.
 ROUNDED = "rounded_rectangle"
 FACE = (
     ("head", "background +", "ellipse", (4, 4, 96, 88)), ("long_hair", "hair -", ROUNDED, (17, 24, 83, 92), 50),

@@ -180,13 +180,8 @@ def build(task, device):
     args, _ = module.parse_args(["--out", "a folder that is not there", *(["--quick"] if device.type == "cpu" else [])])
     torch.manual_seed(0)
     sizes = args.image_size, getattr(args, "channels", 0) or args.filters, args.latent_dim
-    nets = {
-        "aegan": lambda: module.build_networks("aegan", *sizes),
-        "bigan_latent": lambda: module.build_networks(*sizes),
-        "vae_began": lambda: module.build_networks("vae-began", *sizes, args.gains),
-        "pagan": lambda: module.build_networks("pair", *sizes),
-        "inverse_gen": lambda: module.build_networks("aegan", *sizes),
-    }[name]().to(device)
+    model = {"aegan": ["aegan"], "vae_began": ["vae-began"], "pagan": ["pair"], "inverse_gen": ["aegan"]}.get(name, [])
+    nets = module.build_networks(*model, *sizes, *([args.gains] if name == "vae_began" else [])).to(device)
     return args, nets, *globals()[name](module, args, nets, device, *stage)
 
 
