@@ -41,4 +41,4 @@ def test_it_prints_a_table_and_writes_json(tmp_path):
 def test_a_recorded_step_is_measured_too(tmp_path, monkeypatch):
     graphs = graphs_on_the_cpu(monkeypatch)
     row = benchmark.measure("inverse_gen gan", torch.device("cpu"), tmp_path, 1, 0.01, True)
-    assert graphs[0].replays > 2 and row["graph"] and row["script"] > 0 and row["plain"] > 0
+    assert graphs[0].replays > 1 and row["graph"] and row["script"] > 0 and row["plain"] > 0
