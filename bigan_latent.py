@@ -188,7 +188,7 @@ def build_networks(image_size, channels, latent_dim, stochastic=False):
 
 
 def discriminator_loss(d_q, d_p):
-    """Eq. 1 to 3 as D minimises them: -E_q[log D(x, E(x))] - E_p[log(1 - D(G(z), z))], with label 0.9 for the first.
+    """Eq. 1, Eq. 2, Eq. 3 as D minimises them: -E_q[log D(x, E(x))] - E_p[log(1 - D(G(z), z))], label 0.9 for q.
 
     d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z).
     """
@@ -197,7 +197,7 @@ def discriminator_loss(d_q, d_p):
 
 
 def generator_loss(d_q, d_p):
-    """Eq. 1 to 3 as G and E minimise them: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], without smoothing.
+    """Eq. 1, Eq. 2, Eq. 3 as G and E minimise them: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], without smoothing.
 
     d_q, d_p: as in discriminator_loss.
     """

@@ -345,10 +345,11 @@ def load_classifier(name, image_size, device):
             return to_logits(features), features
 
         return classify
-    warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
-    classifier = torch.jit.load(name, map_location=device).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+        classifier = torch.jit.load(name, map_location=device).eval()
     answers = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
-    if not (isinstance(answers, tuple) and [answer.ndim for answer in answers] == [2, 2]):
+    if [(2, 2)] * 2 != [(len(a), a.ndim) for a in answers] or answers[1].shape[1] == 1:
         raise ValueError(f"it does not take images [N, 3, {image_size}, {image_size}] to (logits, features)")
     return classifier
 

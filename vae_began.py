@@ -18,7 +18,7 @@ paper -> code
     Eq. 2, Eq. 7, Eq. 9: L_e; L_d, L_g, L_v; L_s      vae_began_losses
     Eq. 3        KL loss of the VAE, L_n              kl_loss
     Eq. 4        reparameterisation                   reparameterise
-    Eq. 5, 6     the losses without k, beta, gamma    L_fake is Eq. 6; the rest: Eq. 13, 14
+    Eq. 5, 6     the losses without k, beta, gamma    vae_began_losses: L_dis where k = 1; L_fake
     Eq. 8        the discriminator's output           Discriminator
     Eq. 10, 11   measured eta; error e_t              balance
     Eq. 12       PID controller                       Controller
@@ -216,7 +216,7 @@ def vae_began_losses(nets, weights, x, z_g, epsilon):
     L_fake = L_g + alpha * L_v  # Eq. 6
     L_enc = L_n + beta * L_s + gamma * L_e  # Eq. 15
     L_gen = L_fake + beta * L_s + gamma * L_e  # Eq. 14
-    L_dis = L_d - k * L_fake  # Eq. 13, with k_{t-1}: line 12 comes after it in train_step
+    L_dis = L_d - k * L_fake  # Eq. 13, or with k = 1 Eq. 5; here k_{t-1}: line 12 comes later
     losses = {"L_enc": L_enc, "L_gen": L_gen, "L_dis": L_dis, "L_e": L_e, "L_n": L_n, "L_s": L_s}
     return losses | {"L_d": L_d, "L_g": L_g, "L_v": L_v, "k": k} | balance(L_d, L_fake, weights["eta"])
 
@@ -369,10 +369,11 @@ def load_classifier(name, image_size, device):
             return to_logits(features), features
 
         return classify
-    warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
-    classifier = torch.jit.load(name, map_location=device).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+        classifier = torch.jit.load(name, map_location=device).eval()
     answers = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
-    if not (isinstance(answers, tuple) and [answer.ndim for answer in answers] == [2, 2]):
+    if [(2, 2)] * 2 != [(len(a), a.ndim) for a in answers] or answers[1].shape[1] == 1:
         raise ValueError(f"it does not take images [N, 3, {image_size}, {image_size}] to (logits, features)")
     return classifier
 

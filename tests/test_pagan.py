@@ -410,7 +410,8 @@ def test_a_classifier_of_attributes(photos, tmp_path, monkeypatch):
 def test_classifiers_are_loaded_for_evaluation_and_unfit_ones_refused(script, classifier, tmp_path):
     path, device = str(classifier[0]), torch.device("cpu")
     assert not script.load_classifier(path, 16, device).training and script.load_classifier("none", 16, device) is None
-    for unfit in (lambda x: x[:, 0, 0], lambda x: (x[:, 0, 0], x[:, 0, 0, 0])):
+    unfits = [lambda x: (x[:, 0, 0], x[:, 0, 0, 0]), lambda x: (x[:, 0, 0], x[:, 0, 0, :1]), lambda x: x[:, 0]]
+    for unfit in (*unfits, lambda x: x[:, 0, 0], lambda x: (x[:1, 0, 0], x[:1, 0, 0])):
         torch.jit.trace(unfit, torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "unfit"))
         with pytest.raises(ValueError, match=r"\[N, 3, 16, 16\] to \(logits"):
             script.load_classifier(str(tmp_path / "unfit"), 16, device)

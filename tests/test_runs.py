@@ -26,6 +26,12 @@ from PIL import Image
 
 from common import draw_faces, load_data
 
+CLASSIFIER = [  # bad input of vae_began.py and pagan.py
+    (["--samples", 5], ["--samples", "5", "10"]),
+    (["--classifier", "missing.pt"], ["--classifier missing.pt"]),
+    (["--classifier", "other/checkpoint.pt"], ["--classifier other/checkpoint.pt"]),
+    (["--classifier", "inception"], ["inception_v3_google-0cc3c7bd.pth", "checkpoints"]),
+]
 # For each script: its small arguments, what makes other models of it, the losses function that a run uses and a loss of
 # it, input that it alone refuses, and settings of a run that it does not change.
 SCRIPTS = {
@@ -59,10 +65,7 @@ SCRIPTS = {
             (["--gains", 0, "inf", 0], ["--gains", "inf", "at least 0"]),
             (["--gains", 0, 0, "-0.5"], ["--gains", "-0.5"]),
             (["--gamma", "nan"], ["--gamma", "nan"]),
-            (["--samples", 5], ["--samples", "5", "10"]),
-            (["--classifier", "missing.pt"], ["--classifier missing.pt"]),
-            (["--classifier", "other/checkpoint.pt"], ["--classifier other/checkpoint.pt"]),
-            (["--classifier", "inception"], ["inception_v3_google-0cc3c7bd.pth", "checkpoints"]),
+            *CLASSIFIER,
         ],
         "fixed": [
             (["--model", "began"], ["model = vae-began, not began"]),
@@ -83,10 +86,7 @@ SCRIPTS = {
             (["--crop", 0.6], ["--crop", "0.6", "half of the side"]),
             (["--crop", 0.03], ["--crop", "0.03", "a pixel"]),
             (["--l1-weight", "nan"], ["--l1-weight", "nan"]),
-            (["--samples", 5], ["--samples", "5", "10"]),
-            (["--classifier", "missing.pt"], ["--classifier missing.pt"]),
-            (["--classifier", "other/checkpoint.pt"], ["--classifier other/checkpoint.pt"]),
-            (["--classifier", "inception"], ["inception_v3_google-0cc3c7bd.pth", "checkpoints"]),
+            *CLASSIFIER,
         ],
         "fixed": [
             (["--augmentation", "none"], ["augmentation = crop, not none"]),
