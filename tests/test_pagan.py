@@ -420,9 +420,8 @@ def test_classifiers_are_loaded_for_evaluation_and_unfit_ones_refused(script, cl
 @pytest.mark.parametrize("script", [pagan, vae_began])
 def test_inception_sees_images_of_299_pixels_in_its_own_range(script, monkeypatch):
     net, pooled = torchvision.models.inception_v3(weights=None, init_weights=False).eval(), []
-    for parameter in net.parameters():
-        if parameter.ndim > 1:  # so that images differ
-            nn.init.kaiming_normal_(parameter)
+    for parameter in (p for p in net.parameters() if p.ndim > 1):  # so that images differ
+        nn.init.kaiming_normal_(parameter)
     weights = torchvision.models.Inception_V3_Weights  # with net's weights instead of those that are fetched
     monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: net.state_dict())
     net.avgpool.register_forward_hook(lambda layer, inputs, output: pooled.append(output.flatten(1)))
