@@ -29,10 +29,8 @@ Departures
       over pixels and over latent dimensions, the second one squared: as in that code.
     - There D takes four steps, one kind of batch each, then G and E four against it, on fresh batches. Here each takes
       one, all at one point, on the sum of its terms, which is what is clipped; D's fakes have E's noise.
-    - --alpha, from that code, weighs Eq. 2 to 5 for G and E alone. --quick has a 20th of it, a 10th of lambda_rz, and
-      2.5 times the learning rate of G and E.
-    - Batches are drawn with replacement; each image is mirrored with probability 1/2, for the paper's mirrored copies.
-    - Default data are drawn faces. A tenth is held out, and pictures and results show only that.
+    - Eq. 2 to 5 are weighed for G and E by alpha, from that code, which is 1.
+    - Each image of a batch is mirrored with probability 1/2, for the paper's mirrored copies.
 """
 
 import json
@@ -48,11 +46,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import draw_images, load_data, place_images, save_grid, to_float
+from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "aegan"
 MODELS = {"aegan": ("G", "E", "D_x", "D_z"), "gan": ("G", "D_x"), "aae": ("G", "E", "D_z")}  # Section 4
-IMAGE_SIZES = (16, 32, 64, 128, 256)
+IMAGE_SIZES = {16: 2, 32: 3, 64: 4, 128: 5, 256: 6}  # and how often each is halved to reach 4x4
 REAL, FAKE = 0.95, 0.05  # the discriminators' labels
 LEAK = 0.02  # slope of the discriminators' leaky ReLU
 INPUT_NOISE = 0.01  # deviation of the noise added to what E, D_x and D_z take, ...
@@ -60,8 +58,13 @@ LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # ... and of the factors on what t
 INITIAL_STD = 0.02  # of weights, but for the style's and those of D_z
 BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam
 CLIP_NORM = 1.0  # of each parameter's gradient
-QUICK = {"image_size": 16, "channels": 16, "steps": 1100, "save_every": 300}
-QUICK |= {"lr": 5e-4, "alpha": 0.05, "lambda_rz": 0.5}
+EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
+WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
+MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
+QUICK = {
+    "image_size": 16, "channels": 16, "steps": 1100, "save_every": 300, "lr": 5e-4, "alpha": 0.05, "lambda_rz": 0.5
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -97,24 +100,18 @@ def same_conv(c_in, c_out, kernel, stride=1):
     return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), nn.Conv2d(c_in, c_out, kernel, stride))
 
 
-def halvings(image_size):
-    """How often images of this size are halved to reach 4x4. ValueError for a size that the networks cannot have."""
-    if image_size not in IMAGE_SIZES:
-        raise ValueError(f"image_size {image_size}: must be one of {IMAGE_SIZES}")
-    return image_size.bit_length() - 3
-
-
 class Encoder(nn.Sequential):
     """E: images [N, 3, S, S] in [-1, 1] -> latents z_hat [N, Z]; D_x: -> logits [N, 1], positive for real images."""
 
     def __init__(self, image_size, channels, outputs, kernel=4, leak=0.0):
         widths = [3] + [channels * w for w in (1, 1, 2, 2, 2, 4)]
-        strides = [2] * halvings(image_size) + [1] * (6 - halvings(image_size))
+        halvings = IMAGE_SIZES[image_size]
+        strides = [2] * halvings + [1] * (6 - halvings)
         layers = [AddNoise()]
         for c_in, c_out, stride in zip(widths, widths[1:], strides):
             conv = same_conv(c_in, c_out, kernel, stride)
             layers += [conv, MultiplyNoise(), ChannelNorm(c_out), nn.LeakyReLU(leak)]  # a leak of 0 is a ReLU
-        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * channels, outputs))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(4 * channels * 4 * 4, outputs))  # 4x4 pixels
 
 
 class LatentDiscriminator(nn.Module):
@@ -123,9 +120,9 @@ class LatentDiscriminator(nn.Module):
     def __init__(self, latent_dim, width=16, depth=16):
         super().__init__()
         self.noise, self.layers = AddNoise(), nn.ModuleList()
-        for c_in in range(latent_dim, latent_dim + depth * width, width):
-            layer = nn.Linear(c_in, width), MultiplyNoise(), ChannelNorm(width), nn.LeakyReLU(LEAK)
-            self.layers.append(nn.Sequential(*layer))
+        for i in range(depth):
+            linear = nn.Linear(latent_dim + i * width, width)
+            self.layers.append(nn.Sequential(linear, MultiplyNoise(), ChannelNorm(width), nn.LeakyReLU(LEAK)))
         self.hidden = nn.Sequential(nn.Linear(latent_dim + depth * width, 128), nn.LeakyReLU(LEAK))
         self.logit = nn.Linear(128, 1)
 
@@ -141,10 +138,11 @@ class Generator(nn.Module):
 
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
-        doublings = halvings(image_size)
+        doublings = IMAGE_SIZES[image_size]
         self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
-        self.trunk = nn.Sequential(nn.Linear(latent_dim, 16 * channels), ChannelNorm(16 * channels), nn.ReLU())
+        units = channels * 4 * 4  # 4x4 pixels
+        self.trunk = nn.Sequential(nn.Linear(latent_dim, units), ChannelNorm(units), nn.ReLU())
         self.style = nn.Sequential(nn.Linear(latent_dim, channels), ChannelNorm(channels), nn.ReLU())
         self.layers = nn.ModuleList()
         for c_in, c_out in zip(widths, widths[1:]):
@@ -152,15 +150,20 @@ class Generator(nn.Module):
         self.layers.append(nn.Sequential(same_conv(2 * channels, 3, 4), nn.Tanh()))
 
     def forward(self, z):
-        h, style = self.trunk(z).unflatten(1, (-1, 4, 4)), self.style(z)[:, :, None, None]  # (N, c, 4, 4), (N, c, 1, 1)
+        h = self.trunk(z).unflatten(1, (-1, 4, 4))  # (N, c, 4, 4)
+        style = self.style(z)[:, :, None, None]  # (N, c, 1, 1)
         for scale, layer in zip(self.scales, self.layers):
             h = torch.cat([h, style.expand(-1, -1, *h.shape[2:])], dim=1)
-            h = layer(F.interpolate(h, scale_factor=scale) if scale > 1 else h)  # to the nearest neighbour
+            if scale > 1:
+                h = F.interpolate(h, scale_factor=scale)  # to the nearest neighbour
+            h = layer(h)
         return h
 
 
 def build_networks(model, image_size, channels, latent_dim):
     """The networks of MODELS[model] by the paper's names, in training mode; from one seed the same in all models."""
+    if model not in MODELS or image_size not in IMAGE_SIZES:
+        raise ValueError(f"model {model}, size {image_size}: there are {list(MODELS)} and {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
     nets["D_x"] = Encoder(image_size, channels, 1, kernel=3, leak=LEAK)
@@ -210,9 +213,9 @@ def aegan_losses(nets, x, z, weights):
     L_GAN = GAN_x_hat + GAN_x_tilde + GAN_z_hat + GAN_z_tilde  # Section 3.1, the sum
     r_x, r_z = F.l1_loss(x_tilde, x), F.mse_loss(z_tilde, z)  # means of |x_tilde - x| and (z_tilde - z)^2
     L_r = weights["lambda_rx"] * r_x + weights["lambda_rz"] * r_z  # Eq. 6
-    losses = {"L_D_x": L_D_x, "L_D_z": L_D_z, "L_G_E": weights["alpha"] * L_GAN + L_r}  # Eq. 7; alpha: the code's
-    losses |= {"GAN_x_hat": GAN_x_hat, "GAN_x_tilde": GAN_x_tilde, "GAN_z_hat": GAN_z_hat, "GAN_z_tilde": GAN_z_tilde}
-    return losses | {"r_x": r_x, "r_z": r_z}
+    L_G_E = weights["alpha"] * L_GAN + L_r  # Eq. 7; alpha is the code's
+    terms = {"GAN_x_hat": GAN_x_hat, "GAN_x_tilde": GAN_x_tilde, "GAN_z_hat": GAN_z_hat, "GAN_z_tilde": GAN_z_tilde}
+    return {"L_D_x": L_D_x, "L_D_z": L_D_z, "L_G_E": L_G_E, **terms, "r_x": r_x, "r_z": r_z}
 
 
 def gan_losses(nets, x, z, weights):
@@ -245,39 +248,51 @@ def build_optimizer(nets, lr, lr_discriminator):
     return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=True)
 
 
-def draw_batch(images, latent_dim, flip):
+def make_inputs(images, latent_dim, flip):
     """x: the images (uint8 [N, 3, S, S]) in [-1, 1], mirrored at random if flip; z ~ N(0, I): [N, Z]."""
     x = to_float(images)
-    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x) if flip else x
+    if flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
     return x, torch.randn(len(x), latent_dim, device=x.device)
 
 
+def trainable(optimizer, *networks):
+    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in updated for p in parameters):
+        raise ValueError("the optimizer does not have all parameters of the networks")
+    return parameters
+
+
 def train_step(nets, optimizer, model, weights, x, z):
-    """One update of every network, all at the same point. Returns the losses before it, detached: see aegan_losses."""
+    """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[model](nets, x, z, weights)
     optimizer.zero_grad()
-    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
+    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
     if "D_x" in nets:
-        losses["L_D_x"].backward(inputs=list(nets["D_x"].parameters()), retain_graph=True)  # maximises Eq. 2, 3
+        losses["L_D_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # maximises Eq. 2, 3
     if "D_z" in nets:
-        losses["L_D_z"].backward(inputs=list(nets["D_z"].parameters()), retain_graph=True)  # maximises Eq. 4, 5
-    G_E = [p for name in ("G", "E") if name in nets for p in nets[name].parameters()]
-    losses["L_G_E"].backward(inputs=G_E)  # minimise Eq. 7
-    gradients = [p.grad for p in nets.parameters()]  # each is clipped to a norm of 1, all in one call
-    norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_div_(gradients, (norms / CLIP_NORM).clamp(min=1).unbind())
+        losses["L_D_z"].backward(inputs=trainable(optimizer, nets["D_z"]), retain_graph=True)  # maximises Eq. 4, 5
+    G_E = [nets[name] for name in ("G", "E") if name in nets]
+    losses["L_G_E"].backward(inputs=trainable(optimizer, *G_E))  # minimise Eq. 7
+    gradients = [p.grad for p in nets.parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))  # one number a parameter
+    torch._foreach_div_(gradients, (norms / CLIP_NORM).clamp(min=1).unbind())  # now none is longer than CLIP_NORM
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(step, batch):
-    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
-    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
-    with torch.cuda.graph(graph):
-        losses = step(*batch)
+def record(step, inputs):
+    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
+    values, so read these before the next one."""
+    inputs = [tensor.clone() for tensor in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        losses = step(*inputs)
 
-    def replay(*new_batch):
-        torch._foreach_copy_(batch, new_batch)
+    def replay(*new_inputs):
+        torch._foreach_copy_(inputs, new_inputs)
         graph.replay()
         return losses
 
@@ -291,70 +306,71 @@ def save_interpolations(path, nets, x_1, x_2, columns=8):
     """Figure 1: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (columns - 1))) for i in range(columns)]
-    save_grid(path, torch.stack([x_1, *between, x_2], dim=1).flatten(0, 1), columns=columns + 2)
+    save_grid(path, x_1, *between, x_2, columns=1)
 
 
 @torch.no_grad()
-def save_figures(nets, data, z, out, step, last=True):
+def save_figures(nets, data, z, out, step):
     """samples_<step>.png, Figure 3, of 100 of the latents z [N, Z], reconstructions_<step>.png, Figure 4, of up to 40
-    held-out images, and if last figure1_interpolations.png."""
+    held-out images, and figure1_interpolations.png."""
+    was_training = nets.training
     nets.eval()
-    x = to_float(data.heldout[:40].to(z.device))
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     if "E" in nets:
+        x = to_float(data.heldout[:40]).to(z.device)
         save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x)), columns=5)
-        if last:  # four pairs, and an image with its mirror image
-            x_1, x_2 = torch.cat([x[0:8:2], x[8:9]]), torch.cat([x[1:8:2], x[8:9].flip(-1)])
-            save_interpolations(out / "figure1_interpolations.png", nets, x_1[: len(x_2)], x_2)
-    nets.train()
+        pairs = min(5, len(x) // 2)
+        x_1 = x[:pairs]
+        x_2 = torch.cat([x[pairs : 2 * pairs - 1], x_1[-1:].flip(-1)])  # the last pair: an image and its mirror image
+        save_interpolations(out / "figure1_interpolations.png", nets, x_1, x_2)
+    nets.train(was_training)
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, [N, 3, S, S]: 0 in total collapse, None if all images are one."""
-    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
-    return a / b if b > 0 else None
+    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
-def neighbour_difference(x):
-    """The mean absolute difference of neighbouring pixels of images [N, 3, S, S]: less where they are blurred."""
-    return (x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()) / 2
+def edges(x):
+    """The mean difference of neighbouring pixels of images [N, 3, S, S]: less where blurred, more where speckled."""
+    return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
 
 
 @torch.no_grad()
 def measure(nets, data, z):
-    """The figures of merit, on held-out images and latents z [N, Z]; None where the model has no encoder."""
+    """The figures of merit, of up to 1,000 held-out images, where there is an E, and of latents z [N, Z]."""
+    was_training = nets.training
     nets.eval()
-    G, E = nets["G"], nets["E"] if "E" in nets else None
-    mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
-    sums = torch.zeros(4)
-    for x in map(to_float, data.heldout.to(z.device).split(250)):
-        x_tilde = G(E(x)) if E else mean_image.expand_as(x)
-        means = F.l1_loss(mean_image.expand_as(x), x), F.l1_loss(x_tilde, x), *map(neighbour_difference, (x_tilde, x))
-        sums += len(x) / len(data.heldout) * torch.tensor(means)
-    l1_of_mean_image, l1, edges, edges_of_x = sums.tolist()
-    x_hat = G(z)
-    return {
-        "heldout_l1": l1 if E else None,
-        "heldout_l1_of_mean_image": l1_of_mean_image,
-        "sharpness": edges / edges_of_x if E and edges_of_x else None,  # 1 where reconstructions lose nothing
-        "latent_mse": F.mse_loss(E(x_hat), z).item() if E else None,
-        "sample_diversity": sample_diversity(x_hat, to_float(data.heldout[: len(z)].to(z.device))),
-    }
+    x = to_float(data.heldout[:1000]).to(z.device)
+    x_hat = nets["G"](z)
+    results = {"sample_diversity": sample_diversity(x_hat, x[: len(z)])}
+    if "E" in nets:
+        x_tilde = torch.cat([nets["G"](nets["E"](part)) for part in x.split(250)])
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+        results["heldout_l1"] = F.l1_loss(x_tilde, x).item()
+        results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
+        results["sharpness"] = (edges(x_tilde) / edges(x)).item()
+        results["sharpness_of_halves"] = (edges(F.avg_pool2d(x_tilde, 2)) / edges(F.avg_pool2d(x, 2))).item()
+        results["latent_mse"] = F.mse_loss(nets["E"](x_hat), z).item()
+    nets.train(was_training)
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
 def fail(message, status=2):
-    """End the program with one line, the message's first, on the standard error."""
-    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
+    """End the program with one line on the standard error."""
+    first_line = message.split("\n")[0]
+    print(f"{NAME}.py: error: {first_line}", file=sys.stderr)
     sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.error, add = fail, parser.add_argument
+    parser.error = fail
+    add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="aegan", help="the paper's model, or a baseline (Section 4)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
@@ -377,97 +393,114 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-
-    args, checkpoint = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
     path = Path(args.out, "checkpoint.pt")
+    checkpoint = None
     if args.resume:
+        if not path.exists():
+            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or leave out --resume")
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        least = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
-        if least is not None and not least <= value <= 1e12:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
-    for name, value in checkpoint[NAME].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every"):
-            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if checkpoint and args.steps < checkpoint["step"]:
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    for name in COUNTS:
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in WEIGHTS:
+        if not 0 <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least 0")
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def restore(checkpoint, args, data, nets, optimizer):
+    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    for name, value in checkpoint[NAME].items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
+    if args.steps < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+    if checkpoint["images"] != data.checksum:
+        fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
+    nets.load_state_dict(checkpoint["networks"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    cpu_state, *cuda_states = checkpoint["random"]
+    torch.set_rng_state(cpu_state)
+    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, option = Path(args.out), f"--device {args.device}" + " with --graph" * args.graph
+    out = Path(args.out)
     try:
-        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        device = torch.zeros(1, device=args.device).device
         if args.graph:
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-        option = f"--data {args.data}"
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    try:
         data = load_data(args.data, args.image_size, args.batch_size)
-        option = f"--out {out}"
         out.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # of many kinds
-        fail(f"{option} cannot be used: {error}")
+    except (DataError, OSError) as error:  # which name the file or folder
+        fail(str(error))
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.model, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr, args.lr_discriminator)
+    weights = {"alpha": args.alpha, "lambda_rx": args.lambda_rx, "lambda_rz": args.lambda_rz}
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "graph")}
-    begin, log = 0, ""
-    if checkpoint:
-        begin, log = checkpoint["step"], checkpoint["log"]
-        nets.load_state_dict(checkpoint["networks"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"][0])
-        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
+    run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
-    images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, args.model, vars(args))
+    images = place_images(data.train, device)
+    step_function = partial(train_step, nets, optimizer, args.model, weights)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
-        batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim, not args.no_flip)
-        if args.graph and step == begin + 4:
-            step_on = record(step_on, batch)
-        losses = step_on(*batch)
+        inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim, not args.no_flip)
+        if args.graph and step == begin + EAGER_STEPS + 1:
+            step_function = record(step_function, inputs)
+        losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
-        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+        if not (save_due or step % args.log_every == 0 or step == 1):
             continue
-        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
-        for name in (name for name, value in values.items() if not math.isfinite(value)):
-            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
+        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+            fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        values = {name: loss.item() for name, loss in losses.items()}
+        log = log or ",".join(["step", *values]) + "\n"
+        log += ",".join(map(str, [step, *values.values()])) + "\n"
+        (out / "log.csv").write_text(log)
         rate = (step - begin) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
-        if step == 1 and left > timedelta(hours=1):
+        if step == 1 and device.type == "cpu" and left > timedelta(hours=1):
             print("This is long for a CPU: --quick takes three minutes", flush=True)
-        log = log or ",".join(("step", *values)) + "\n"
-        log += ",".join(map(str, (step, *values.values()))) + "\n"
-        (out / "log.csv").write_text(log)
         if save_due:
-            save_figures(nets, data, z_shown, out, step, last=False)
-            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            torch.save(state, out / "checkpoint.tmp")
+            save_figures(nets, data, z_shown, out, step)
+            state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
+            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    save_figures(nets, data, z_shown, out, args.steps)
-    results = measure(nets, data, z_shown) | {"steps": args.steps, "config": config}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if begin == args.steps:  # a finished run: its figures are made again
+        save_figures(nets, data, z_shown, out, begin)
+    results = measure(nets, data, z_shown)
     for name, value in results.items():
-        if isinstance(value, float):
-            print(f"{name:26}{value:10.3f}")
+        print(f"{name:26}{value:10.3f}")
+    results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

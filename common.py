@@ -7,10 +7,12 @@ save_grid("pairs.png", images, reconstructions)    # [N, 3, S, S] in [-1, 1]
 
 import csv
 import math
+import os
 import random
 import sys
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +21,11 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import resize
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+SUFFIXES = {*IMG_EXTENSIONS, ".gif", ".jfif", ".avif"} & Image.registered_extensions().keys()  # those that Pillow reads
+ATTRIBUTE_FILES = ("attributes.csv", "list_attr_celeba.csv", "list_attr_celeba.txt")
 
 
 class DataError(ValueError):
@@ -36,7 +40,8 @@ class Data(NamedTuple):
     attributes: tuple[str, ...]  # names of the A yes/no attributes, () where the data has none
     train_labels: Tensor  # bool [M, A]
     heldout_labels: Tensor  # bool [H, A]
-    paths: tuple[Path, ...] = ()  # of the M and the H images, where they come from a folder
+    paths: tuple[Path, ...]  # of the M and the H images, () where they come from no folder
+    checksum: int  # of the bytes of all images, in their order
 
 
 def load_data(name, size, batch_size=1, seed=0, root="data"):
@@ -46,20 +51,20 @@ def load_data(name, size, batch_size=1, seed=0, root="data"):
     (of the drawing for `faces`). root: where torchvision's data sets are downloaded to. Returns Data, (M + H) * 3 * S *
     S bytes. Raises DataError.
     """
-    paths = ()
     torchvision_sets = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}
+    paths = ()
     if name == "faces":
         images, attributes, labels = draw_faces(10_000, size, seed)
     elif name in torchvision_sets:
         images, attributes, labels = _load_torchvision(torchvision_sets[name], size, seed, root)
     else:
         images, attributes, labels, paths = _load_folder(Path(name), size, seed)
-    if len(images) < 20:  # two held out
-        raise DataError(f"{name} holds {len(images)} readable images: give a folder of at least 20")
     split = len(images) - len(images) // 10
     if split < batch_size:
         raise DataError(f"{name} has {split} images to train on, fewer than --batch-size {batch_size}: lower that")
-    return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:], tuple(paths))
+    checksum = zlib.crc32(images.numpy())
+    images, labels = images.tensor_split([split]), labels.tensor_split([split])
+    return Data(*images, tuple(attributes), *labels, tuple(paths), checksum)
 
 
 def place_images(images, device):
@@ -76,7 +81,7 @@ def draw_images(images, count, device):
 
 
 def to_float(images):
-    """uint8 images in [0, 255] -> float32 in [-1, 1], of any shape, on the same device."""
+    """Images with values in [0, 255] -> float32 in [-1, 1], of any shape, on the same device."""
     return images.float() / 127.5 - 1
 
 
@@ -97,18 +102,31 @@ def read_image(path, size):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def _find_files(folder):
+    """All files below the folder, in the order of their paths; links to folders are followed, but no folder twice."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(parent) in seen:
+            folders.clear()  # os.walk goes into those that stay in the list
+            continue
+        seen.add(os.path.realpath(parent))
+        files += [Path(parent, name) for name in names if not name.startswith("._")]  # those are macOS's own
+    return sorted(files)
+
+
 def _load_folder(folder, size, seed):
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a folder of images, or faces, cifar10 or mnist")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = _find_files(folder)
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
     random.Random(seed).shuffle(paths)
-    attributes, table = _read_attributes(folder)
 
     def read(path):
         try:
             return read_image(path, size)
-        except Exception:  # Pillow's decoders raise many kinds: what cannot be read is skipped and counted
-            return None
+        except Exception as error:  # Pillow's decoders raise many kinds
+            return "empty file" if path.exists() and path.stat().st_size == 0 else str(error)
 
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     used, skipped = [], []
@@ -116,42 +134,70 @@ def _load_folder(folder, size, seed):
         for start in range(0, len(paths), 1000):  # block by block, so that few decoded images wait in memory
             block = paths[start : start + 1000]
             for path, image in zip(block, pool.map(read, block)):
-                if image is not None:
+                if isinstance(image, str):
+                    skipped.append(f"{path} ({image})")
+                else:
                     images[len(used)] = image
-                (skipped if image is None else used).append(path)
+                    used.append(path)
             print(f"\rread {len(used)} of {len(paths)} images", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if skipped:
-        print(f"skipped {len(skipped)} that cannot be read: {', '.join(map(str, skipped[:3]))}", file=sys.stderr)
-    for path in used if attributes else ():
-        if path.name not in table:
-            raise DataError(f"{path} has no row in the attribute file: add one, or take the image away")
-    labels = torch.tensor([table[path.name] if attributes else [] for path in used], dtype=torch.bool)
+        print(f"skipped {len(skipped)} that cannot be read: {', '.join(skipped[:3])}", file=sys.stderr)
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in SUFFIXES)
+    left_out = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(5))
+    if others:
+        print(f"left out files of other kinds: {left_out}", file=sys.stderr)
+    if len(used) < 20:  # two held out
+        found = f"{folder} holds {len(used)} readable images (other files: {left_out or 'none'})"
+        raise DataError(f"{found}: give at least 20 of {' '.join(sorted(SUFFIXES))}")
+    attributes, labels = _read_attributes(folder, used)
     return images[: len(used)], attributes, labels, used
 
 
-def _read_attributes(folder):
-    """attributes.csv in the folder, or CelebA's list_attr_celeba.txt in or beside it: names, {file name: values}."""
-    files = [folder / "attributes.csv", folder / "list_attr_celeba.txt", folder.parent / "list_attr_celeba.txt"]
-    for path in filter(Path.is_file, files):
-        lines = [line for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
-        if path.suffix == ".csv":
-            header, *rows = csv.reader(lines or [""])
-        else:  # the number of images, the names, then a file name and 1 or -1 for each
-            header, *rows = [line.split() for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
-        for row in rows:
-            if len(row) != len(header) or not set(row[1:]) <= {"0", "1", "-1"}:
-                raise DataError(f"{path}: not a file name and {len(header) - 1} values 0 or 1: {' '.join(row)[:60]}")
-        return header[1:], {row[0]: [value == "1" for value in row[1:]] for row in rows}
-    return [], {}
+def _read_attributes(folder, paths):
+    """Names of the attributes, and labels bool [M, A] of the images at paths. No names where there are no attributes.
+
+    The first of ATTRIBUTE_FILES that is in the folder, or up to two above it, or in a folder Anno in one of these.
+    """
+    folder = Path(os.path.abspath(folder))
+    places = [place / inside for place in (folder, *folder.parents[:2]) for inside in (".", "Anno")]
+    files = [place / name for place in places for name in ATTRIBUTE_FILES if (place / name).is_file()]
+    if files:
+        try:
+            return _parse_attributes(files[0], paths)
+        except (DataError, OSError) as error:
+            print(f"going on without attributes: {files[0]} {error}", file=sys.stderr)
+    return [], torch.zeros(len(paths), 0, dtype=torch.bool)
+
+
+def _parse_attributes(file, paths):
+    lines = [line for line in file.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+    if file.suffix == ".csv":
+        rows = list(csv.reader(lines))
+    else:  # CelebA's: the number of images, the names, then a file name and 1 or -1 for each
+        rows = [line.split() for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
+    names = rows[0][1:] if rows else []
+    table = {row[0]: [value == "1" for value in row[1:]] for row in rows[1:]}
+    for row in rows[1:]:
+        if len(row) != len(names) + 1 or not set(row[1:]) <= {"0", "1", "-1"}:
+            raise DataError(f"has a row that is not a file name and {len(names)} values 0 or 1: {' '.join(row)[:60]}")
+    # An image is found by its path from the attribute file, or by its name if no other image has that.
+    count = Counter(path.name for path in paths)
+    keys = [Path(os.path.relpath(path, file.parent)).as_posix() for path in paths]
+    keys = [path.name if key not in table and count[path.name] == 1 else key for key, path in zip(keys, paths)]
+    missing = [key for key in keys if key not in table]
+    if missing or not names:
+        raise DataError(f"has no row for {len(missing)} of {len(paths)} images: {', '.join(missing[:3])}")
+    return names, torch.tensor([table[key] for key in keys])
 
 
 def _load_torchvision(dataset, size, seed, root):
     try:
         source = dataset(root, download=True)
     except (OSError, RuntimeError) as error:
-        reason = f"{dataset.__name__} cannot be downloaded to {root}/ ({str(error).splitlines()[0].rstrip(':')})"
-        raise DataError(f"{reason}: put its files there, or give a folder of images") from error
+        reason = str(error).splitlines()[0].rstrip(":")
+        advice = f"put the files of {dataset.__name__} into {root}/, or give a folder of images"
+        raise DataError(f"it cannot be downloaded ({reason}): {advice}") from error
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(source)))
     images = torch.as_tensor(source.data)[order]  # CIFAR-10 [M, 32, 32, 3], MNIST [M, 28, 28]
     images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
@@ -165,19 +211,20 @@ def save_grid(path, *batches, columns=10, captions=()):
 
     batches: one or more [N, 3, S, S] in [-1, 1] (clipped), on any device; the first images of all batches stand side
     by side, then the second ones: (original, reconstruction) pairs. columns: how many such groups a row. captions: for
-    each batch, up to N short texts for the top-left corners of its tiles.
+    each of the first batches, up to N short texts for the top-left corners of its tiles.
     """
     groups = []
-    for images, texts in zip_longest(batches, captions, fillvalue=()):
+    for number, images in enumerate(batches):
         tiles = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
         factor = max(1, 64 // images.shape[-1])
         tiles = tiles.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-        for tile, text in zip(tiles, texts):
-            image = Image.fromarray(tile.permute(1, 2, 0).numpy())
-            pen = ImageDraw.Draw(image)
-            pen.rectangle(pen.textbbox((1, 0), text), "black")
-            pen.text((1, 0), text, "white")
-            tile.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        if number < len(captions):
+            for tile, text in zip(tiles, captions[number]):
+                image = Image.fromarray(tile.permute(1, 2, 0).numpy())
+                pen = ImageDraw.Draw(image)
+                pen.rectangle(pen.textbbox((1, 0), text), "black")
+                pen.text((1, 0), text, "white")
+                tile.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         groups.append(tiles)
     grid = torchvision.utils.make_grid(torch.cat(groups, dim=-1), nrow=columns, padding=4, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
@@ -193,7 +240,8 @@ def draw_faces(count, size, seed=0):
         images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         labels[i] = torch.tensor([name in parts for name in FACE_ATTRIBUTES])
         if (i + 1) % 1000 == 0:
-            print(f"\rdrew {i + 1} of {count} faces", end="\n" * (i + 1 == count), file=sys.stderr, flush=True)
+            print(f"\rdrew {i + 1} of {count} faces", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return images, FACE_ATTRIBUTES, labels
 
 
@@ -201,22 +249,32 @@ def draw_face(rng, size):
     """One face drawn with a random.Random: a Pillow image [size, size] and the set of its parts and attributes."""
     parts = {name for name, odds in ODDS.items() if rng.random() < odds} | {"head"}
     hair = rng.random() * len(HAIR)
-    parts = parts - {"long_hair", "bangs"} if "bald" in parts else parts | {"hair", HAIR[int(hair)]}
-    parts.add((("stern", "beaming"), ("gaping", "laugh"))["open_mouth" in parts]["smiling" in parts])
+    if "bald" in parts:
+        parts -= {"long_hair", "bangs"}
+    else:
+        parts |= {"hair", HAIR[int(hair)]}
+    closed, opened = ("beaming", "laugh") if "smiling" in parts else ("stern", "gaping")
+    parts.add(opened if "open_mouth" in parts else closed)
     colours = {"white": (255, 255, 255), "black": (28, 26, 34), "gold": (255, 214, 60)}
     for name, options in PALETTE.items():
         number = int(hair if name == "hair" else rng.random() * len(options))
-        parts |= {"pale_skin"} if name == "skin" and number == 0 else set()
-        light, warm = 0.95 + 0.1 * rng.random(), 12 * (rng.random() - 0.5)
-        for shade, by in (("", 1), (" +", 0.94), (" -", 0.84), (" --", 0.55)):
-            red, green, blue = (round(c * light * by) for c in options[number])
-            colours[name + shade] = (red + round(warm), green, blue - round(warm))
+        if name == "skin" and number == 0:
+            parts.add("pale_skin")
+        light = 0.95 + 0.1 * rng.random()
+        warm = round(12 * (rng.random() - 0.5))
+        for shade, factor in (("", 1), (" +", 0.94), (" -", 0.84), (" --", 0.55)):
+            red, green, blue = (round(c * light * factor) for c in options[number])
+            colours[name + shade] = (red + warm, green, blue - warm)
 
     # One percent is 2.5 pixels; the margin of 40 pixels shows only where the face is tilted or shifted.
     image = Image.new("RGB", (330, 330), colours["background"])
-    pen, width = ImageDraw.Draw(image), 0.9 + 0.2 * rng.random()
-    for _, colour, shape, (x0, y0, x1, y1), *arguments in (row for row in FACE if row[0] in parts):
-        for left, right in ((x0, x1), (100 - x1, 100 - x0))[: 1 + (x1 <= 50)]:
+    pen = ImageDraw.Draw(image)
+    width = 0.9 + 0.2 * rng.random()
+    for part, colour, shape, (x0, y0, x1, y1), *arguments in FACE:
+        if part not in parts:
+            continue
+        sides = [(x0, x1), (100 - x1, 100 - x0)] if x1 <= 50 else [(x0, x1)]
+        for left, right in sides:
             box = [165 + (left - 50) * 2.5 * width, 40 + y0 * 2.5, 165 + (right - 50) * 2.5 * width, 40 + y1 * 2.5]
             getattr(pen, shape)(box, *arguments, fill=colours[colour], width=5)
     tilt, dx, dy = (by * (rng.random() - 0.5) for by in (0.3, 25, 20))

@@ -173,7 +173,9 @@ def graphs_on_the_cpu(monkeypatch):
     """From now on --graph goes with --device cpu: CPUGraphs are made for CUDA's; returns the list of them."""
     graphs = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(CPUGraph()) or graphs[-1])
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
-    for name in ("Stream", "set_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph if stream is current.stream else None)
+    current = MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(current, "stream", stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current.stream)
     return graphs

@@ -254,11 +254,11 @@ def test_losses_and_train_step_eq_1_to_7_by_hand_with_noise_and_batches_of_unequ
 def test_batches_are_the_images_half_of_them_mirrored_and_normal_latents():
     images = draw_faces(10, 16)[0].repeat(50, 1, 1, 1)
     torch.manual_seed(0)
-    x, z = aegan.draw_batch(images, 7, flip=True)
+    x, z = aegan.make_inputs(images, 7, flip=True)
     same, mirrored = ((x == y).flatten(1).all(1) for y in (to_float(images), to_float(images).flip(-1)))
     assert (same ^ mirrored).all() and 200 < mirrored.sum() < 300 and z.shape == (500, 7)
     assert abs(z.mean()) < 0.1 and z.std().item() == pytest.approx(1, abs=0.05) and z.abs().max() > 2.5
-    assert torch.equal(aegan.draw_batch(images, 7, flip=False)[0], to_float(images))
+    assert torch.equal(aegan.make_inputs(images, 7, flip=False)[0], to_float(images))
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -346,7 +346,7 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
         return train_step(nets, *args)
 
     training, train_step, spies = [], aegan.train_step, {}
-    for name in ("build_networks", "draw_batch", "train_step", "save_figures", "measure"):
+    for name in ("build_networks", "make_inputs", "train_step", "save_figures", "measure"):
         spies[name] = MagicMock(wraps=step if name == "train_step" else getattr(aegan, name))
         monkeypatch.setattr(aegan, name, spies[name])
     rates, weights = {"G": 1e-6, "E": 1e-6, "D_x": 2e-6, "D_z": 2e-6}, {"alpha": 3, "lambda_rx": 5, "lambda_rz": 6}
@@ -356,7 +356,7 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
         assert cli(aegan, *arguments, run, *more).status == 0
     calls = {name: [call.args for call in spy.call_args_list] for name, spy in spies.items()}
     assert calls["build_networks"] == [("aegan", 16, 2, 7)] * 2 and training == [True] * 6
-    assert [flip for _, _, flip in calls["draw_batch"]] == [True] * 3 + [False] * 3
+    assert [flip for _, _, flip in calls["make_inputs"]] == [True] * 3 + [False] * 3
     for nets, optimizer, model, given, x, z in calls["train_step"]:
         assert (model, x.shape, z.shape) == ("aegan", (4, 3, 16, 16), (4, 7)) and given.items() >= weights.items()
         assert dict(zip(nets, (group["lr"] for group in optimizer.param_groups))) == rates
