@@ -361,8 +361,7 @@ def measure(nets, data, z):
 
 def fail(message, status=2):
     """End the program with one line on the standard error."""
-    first_line = message.split("\n")[0]
-    print(f"{NAME}.py: error: {first_line}", file=sys.stderr)
+    print(f"{NAME}.py: error: {message.splitlines()[0]}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -442,7 +441,8 @@ def main(argv=None):
     args, checkpoint = parse_args(argv)
     out = Path(args.out)
     try:
-        device = torch.zeros(1, device=args.device).device
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
         if args.graph:
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
     except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device

@@ -75,7 +75,8 @@ def run_as_a_user(name, *arguments, cwd, pictures):
     for picture, (columns, down, images) in pictures.items():
         with Image.open(folder / f"{picture}.png") as image:
             image.load()
-            assert image.size == (columns * (64 * images + 4) + 4, down * 68 + 4), picture
+            gap = 4 if columns * down > 1 else 0  # torchvision leaves none around a single tile
+            assert image.size == (columns * (64 * images + gap) + gap, down * (64 + gap) + gap), picture
     results, (header, rows) = json.loads((folder / "results.json").read_text()), log_of(folder)
     assert results["steps"] == 5
     assert header[0] == "step" and [row[0] for row in rows] == list("12345")

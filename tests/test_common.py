@@ -1,11 +1,15 @@
+import os
 import pickle
 import random
+import re
+import shutil
 import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import common
 from common import (
@@ -119,28 +123,69 @@ def test_a_data_set_takes_one_byte_a_value(photos):
     assert data.train.untyped_storage().data_ptr() == data.heldout.untyped_storage().data_ptr()
 
 
-def test_files_that_cannot_be_read_are_skipped_counted_and_named(tmp_path, capsys):
+def test_files_that_cannot_be_read_are_skipped_counted_and_named_with_the_reason(tmp_path, capsys, monkeypatch):
     for i in range(25):
         picture(20 + i, 30, i).save(tmp_path / f"{i}.{('png', 'JPG', 'webp', 'bmp', 'gif')[i % 5]}")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "1.JPG").read_bytes()[:200])
-    (tmp_path / "notes.txt").write_text("no picture, and not meant to be")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("notes.txt", "photo.HEIC", "another.heic"):
+        (tmp_path / name).write_text("not read")
+    (tmp_path / "._1.png").write_bytes(b"what macOS leaves")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    picture(80, 60).save(tmp_path / "panorama.png")
     data = load_data(str(tmp_path), 16)
     read = [read_image(path, 16) for path in tmp_path.iterdir() if path.stem.isdigit()]
     assert len(read) == 25 and {bytes(image.contiguous().numpy()) for image in read} == {
         bytes(image.numpy()) for image in torch.cat([data.train, data.heldout])
     }
     error = capsys.readouterr().err
-    assert "read 25 of 27 images" in error and "skipped 2" in error and "broken.png" in error and "cut.jpg" in error
+    assert "read 25 of 29 images" in error and "skipped 4" in error and "kinds: 2 .heic, 1 .txt" in error
+    named = re.findall(r"(\w+)\.\w+ \((.*?)\)(?:,|\n)", error.split("skipped 4")[1])
+    reasons = {"broken": "cannot identify", "cut": "truncated", "empty": "empty file", "panorama": "exceeds limit"}
+    assert len(named) == 3 and all(reasons[name] in reason for name, reason in named), error
+
+
+def test_suffixes_are_those_of_torchvision_and_what_else_pillow_reads(tmp_path):
+    assert set(IMG_EXTENSIONS) <= common.SUFFIXES and {".gif", ".jfif"} <= common.SUFFIXES
+    for i in range(22):
+        picture(8, 8, i).save(tmp_path / f"{i}.{('tif', 'TIFF', 'ppm', 'jfif')[i % 4]}")
+    assert len(load_data(str(tmp_path), 8).paths) == 22
+
+
+def test_linked_folders_are_searched_each_once_and_without_circles(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for i in range(30):
+        picture(8, 8, i).save(tmp_path / ("data/a", "elsewhere")[i % 2] / f"{i}.png")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "a" / "circle").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data" / "a")
+    names = [path.name for path in load_data(str(tmp_path / "data"), 8).paths]
+    assert sorted(names) == sorted(f"{i}.png" for i in range(30))
+
+
+def test_the_split_and_the_checksum_depend_on_the_images_alone(photos, tmp_path, monkeypatch):
+    data = load_data(str(photos), 16)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **options: ((a, b, c[::-1]) for a, b, c in walk(*args, **options)))
+    shutil.copytree(photos, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    for name in ("copy", "./copy/", tmp_path / "copy"):
+        same = load_data(str(name), 16)
+        assert same.checksum == data.checksum and torch.equal(same.heldout, data.heldout)
+    picture(8, 8).save(tmp_path / "copy" / "0 first.png")
+    assert load_data("copy", 16).checksum != data.checksum != load_data(str(photos), 16, seed=1).checksum
 
 
 def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, photos):
     picture(8, 8).save(tmp_path / "one.png")
+    (tmp_path / "a.heic").write_text("not read")
     for name, words in (
         (tmp_path / "missing", "not a folder"),
         ("celebA", "faces, cifar10 or mnist"),
         (tmp_path / "one.png", "not a folder"),
-        (tmp_path, "1 readable images"),
+        (tmp_path, "1 readable images .other files: 1 .heic.: give at least 20 of .*.bmp .*.webp"),
         (photos / "more", "at least 20"),
     ):
         with pytest.raises(DataError, match=words) as error:
@@ -167,29 +212,72 @@ def assert_labels_belong_to_their_images(data):
         assert torch.equal(labels, torch.stack([numbers % 2 == 1, numbers > 9], 1))
 
 
-@pytest.mark.parametrize("place", [".", "images"])
-def test_attributes_csv(labelled, place):
-    rows = [f"{i}.png,{i % 2},{int(i > 9)}" for i in range(25)]
-    (labelled / place / "attributes.csv").write_text("\n".join(["\ufefffile,odd,large", *rows, ""]), "utf-8")
-    assert_labels_belong_to_their_images(load_data(str(labelled / place), 8))
+CSV = ["\ufefffile,odd,large", *(f"{i}.png,{i % 2},{int(i > 9)}" for i in range(25)), ""]
+KAGGLE = ["image_id,odd,large", *(f"{i}.png,{1 if i % 2 else -1},{1 if i > 9 else -1}" for i in range(25))]
+CELEBA = ["25", "odd large ", *(f"{i}.png  {1 if i % 2 else -1} {1 if i > 9 else -1}" for i in range(25))]
 
 
-def test_celeba_attributes(labelled):
-    rows = [f"{i}.png  {1 if i % 2 else -1} {1 if i > 9 else -1}" for i in range(25)]
-    (labelled / "list_attr_celeba.txt").write_text("\n".join(["25", "odd large", *rows]))
-    assert_labels_belong_to_their_images(load_data(str(labelled / "images"), 8))
+@pytest.mark.parametrize(
+    "place, data, lines",
+    [
+        ("attributes.csv", ".", CSV),
+        ("images/attributes.csv", "images", CSV),
+        ("list_attr_celeba.txt", "images", CELEBA),  # torchvision's
+        ("list_attr_celeba.csv", "images", KAGGLE),
+    ],
+)
+def test_attributes_of_a_folder(labelled, place, data, lines):
+    (labelled / place).write_text("\n".join(lines), "utf-8")
+    assert_labels_belong_to_their_images(load_data(str(labelled / data), 8))
 
 
-def test_attributes_that_do_not_fit_are_refused(labelled):
-    path = labelled / "attributes.csv"
-    for text, words in (
-        ("file,odd\n0.png,1", "has no row"),
+@pytest.mark.parametrize("data", [".", "Img", "Img/img_align_celeba"])
+def test_celeba_as_its_official_archive_is(labelled, data):
+    for folder in ("Img", "Anno"):
+        (labelled / folder).mkdir()
+    (labelled / "images").rename(labelled / "Img" / "img_align_celeba")
+    (labelled / "Anno" / "list_attr_celeba.txt").write_text("\n".join(CELEBA))
+    assert_labels_belong_to_their_images(load_data(str(labelled / data), 8))
+
+
+@pytest.mark.parametrize("data", [".", "img_align_celeba", "img_align_celeba/img_align_celeba"])
+def test_celeba_as_the_widespread_archive_is(labelled, data):
+    (labelled / "img_align_celeba").mkdir()
+    (labelled / "images").rename(labelled / "img_align_celeba" / "img_align_celeba")
+    (labelled / "list_attr_celeba.csv").write_text("\n".join(KAGGLE))
+    assert_labels_belong_to_their_images(load_data(str(labelled / data), 8))
+
+
+def test_two_images_of_one_name_share_no_row(labelled, capsys):
+    (labelled / "more").mkdir()
+    for i in range(5):
+        (labelled / "images" / f"{i}.png").rename(labelled / "more" / f"{i + 20}.png")
+    Image.new("L", (8, 8), 200).save(labelled / "images" / "20.png")
+    rows = [f"images/{i}.png,{i % 2},{int(i > 9)}" for i in range(5, 25)]
+    more = [f"more/{i + 20}.png,{i % 2},0" for i in range(5)]
+    (labelled / "attributes.csv").write_text("\n".join(["file,odd,large", *rows, *more]))
+    assert_labels_belong_to_their_images(load_data(str(labelled), 8))
+    (labelled / "attributes.csv").write_text("\n".join(["file,odd,large", *(f"{i}.png,1,1" for i in range(25))]))
+    assert load_data(str(labelled), 8).attributes == ()
+    assert "has no row for 10 of 25 images: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("file,odd\n0.png,1", "has no row for 24 of 25 images: "),
+        ("file,odd\na.png,1", "has no row for 25 of 25 images: "),
         ("file,odd\n0.png,7", "0.png 7"),
         ("f,odd\n0.png", "0 or 1"),
-    ):
-        path.write_text(text)
-        with pytest.raises(DataError, match=words):
-            load_data(str(labelled), 8)
+        ("", "has no row"),
+    ],
+)
+def test_attributes_that_do_not_fit_are_left_out_with_a_line_that_says_why(labelled, capsys, text, words):
+    (labelled / "attributes.csv").write_text(text)
+    data = load_data(str(labelled), 8)
+    assert data.attributes == () and data.train_labels.shape == (23, 0) and data.heldout_labels.shape == (2, 0)
+    (line,) = [line for line in capsys.readouterr().err.split("\n") if "without attributes" in line]
+    assert str(labelled / "attributes.csv") in line and words in line
 
 
 # ------------------------------------------------------------------------------------------------------ torchvision

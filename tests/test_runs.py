@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import signal
 import time
 from unittest.mock import MagicMock
@@ -103,7 +104,7 @@ SCRIPTS = {
             (["--method", "aegan", "--gan-steps", 2], ["--gan-steps 2", "--steps 2", "IG"]),
             (["--search-rate", "nan"], ["--search-rate", "nan"]),
             (["--gallery", 0], ["--gallery", "0", "at least 1"]),
-            (["--query", "PHOTOS"], ["checkpoint.pt", "--query"]),
+            (["--query", "PHOTOS"], ["there is no run in", "--query"]),
         ],
         "fixed": [
             (["--method", "direct"], ["method = bigan, not direct"]),
@@ -119,17 +120,18 @@ BAD = [
     (["--image-size", 48], ["--image-size", "48", "64"]),
     (["--stepps", 5], ["--stepps"]),
     (["--steps", 0], ["--steps", "0", "at least 1"]),
-    (["--steps", 10**18], ["--steps", "at most"]),
     (["--steps", "many"], ["--steps", "many"]),
     (["--lr", -1], ["--lr", "-1"]),
-    (["--lr", "inf"], ["--lr", "inf", "at most"]),
-    (["--seed", 2**70], ["--seed"]),
+    (["--lr", "inf"], ["--lr", "inf", "finite"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "meta"], ["--device meta"]),
     (["--graph"], ["--device cpu", "--graph"]),
     (["--eval"], ["--eval"]),
-    (["--resume"], ["checkpoint.pt", "SCRIPT.py"]),
-    (["--data", "PHOTOS", "--out", "file"], ["--out file"]),
+    (["--resume"], ["there is no run in runs/SCRIPT", "--resume"]),
+    (["--resume", "--out", "missing"], ["there is no run in missing"]),
+    (["--data", "PHOTOS", "--out", "file"], ["'file'", "xists"]),
+    (["--data", "pictures", "--out", "pictures/run"], ["--out pictures/run", "--data pictures", "another"]),
+    (["--data", "pictures", "--out", "empty/../pictures"], ["--out empty/../pictures", "--data pictures"]),
     (["--resume", "--out", "other"], ["other", "not a checkpoint of SCRIPT.py"]),
     (["--resume", "--out", "noise"], ["noise", "not a checkpoint of SCRIPT.py"]),
 ]
@@ -137,7 +139,8 @@ FIXED = [
     (["--image-size", 32], ["image_size = 16, not 32"]),
     (["--quick"], ["quick = False, not True"]),
     (["--steps", 5], ["at step 6 already", "--steps 5"]),
-    (["--data", "OTHER"], ["data = "]),
+    (["--data", "OTHER"], ["the images of --data", "are not those of the run"]),
+    (["--data", "MORE"], ["the images of --data", "are not those of the run"]),
 ]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -303,7 +306,7 @@ def test_sample_diversity(script):
 
     assert script.sample_diversity(a, b) == pytest.approx(spread(a) / spread(b), rel=1e-5)
     assert script.sample_diversity(a[:1].expand(5, -1, -1, -1), b) == 0
-    assert script.sample_diversity(b, a[:1].expand(5, -1, -1, -1)) is None
+    assert not math.isfinite(script.sample_diversity(b, a[:1].expand(5, -1, -1, -1)))
 
 
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
@@ -315,7 +318,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "other", "noise"):
+    for folder in ("empty", "other", "noise", "pictures"):
         (tmp_path / folder).mkdir()
     (tmp_path / "file").write_text("not a folder")
     torch.save({"script": "another", "step": 3}, "other/checkpoint.pt")
@@ -329,16 +332,49 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
 
 
 def test_another_run_s_folder_is_left_alone(name, script, tiny, photos, tmp_path, cli, finished):
+    other, more = tmp_path / "other", tmp_path / "more"
+    shutil.copytree(photos, more)
+    other.mkdir()
     for i, image in enumerate(draw_faces(25, 16, seed=5)[0]):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(other / f"{i}.png")
+    shutil.copy(other / "0.png", more / "0 first.png")  # one image more, and others are held out
     before = {file: (finished / file).read_bytes() for file in files(finished)}
     again = ([*tiny, "--steps", 2], ["holds a run", "--resume", "another --out"])
     for arguments, words in [again, *FIXED, *SCRIPTS[name]["fixed"]]:
-        arguments = [tmp_path if argument == "OTHER" else argument for argument in arguments]
+        arguments = [{"OTHER": other, "MORE": more}.get(argument, argument) for argument in arguments]
         arguments += () if "--data" in arguments else ("--data", photos)
         result = cli(script, *arguments, *(() if "--batch-size" in arguments else ("--resume",)), "--out", finished)
         assert_refused(result, *words)
         assert {file: (finished / file).read_bytes() for file in files(finished)} == before, arguments
+
+
+def test_the_same_images_elsewhere_are_the_same_data(script, tiny, photos, tmp_path, cli, finished, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(photos, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    assert cli(script, *tiny, "--data", "./photos/", "--steps", 2, "--out", run).status == 0
+    assert cli(script, "--resume", "--data", "photos", "--out", "run", "--steps", 4, "--device", "cpu").status == 0
+    shutil.move(tmp_path / "photos", tmp_path / "moved")
+    assert_refused(cli(script, "--resume", "--out", run, "--steps", 6), "photos is not a folder")
+    arguments = ["--data", tmp_path / "moved", "--out", run, "--steps", 6, "--device", "cpu"]
+    assert cli(script, "--resume", *arguments).status == 0
+    assert_same(load(finished), load(run))
+
+
+def test_weights_that_are_not_finite_are_never_saved(script, tiny, tmp_path, cli, monkeypatch):
+    def broken(nets, optimizer, *args):
+        losses = train_step(nets, optimizer, *args)
+        if next(iter(optimizer.state.values()))["step"] == 4:
+            with torch.no_grad():
+                list(nets.parameters())[-1].fill_(math.inf)
+        return losses
+
+    train_step, run = script.train_step, tmp_path / "run"
+    monkeypatch.setattr(script, "train_step", broken)
+    assert_refused(cli(script, *tiny, "--steps", 6, "--out", run), "is not finite at step 4", run / "checkpoint.pt")
+    monkeypatch.undo()
+    assert load(run)["step"] == 2
+    assert cli(script, "--resume", "--out", run, "--steps", 6, "--device", "cpu").status == 0
 
 
 def test_batches_are_drawn_from_the_training_images(script, tiny, tmp_path, cli, photos, monkeypatch):
@@ -390,7 +426,7 @@ def test_a_step_never_waits_for_the_device(device, name, script, tiny, tmp_path,
         return call
 
     sync_debug_mode = torch.cuda.set_sync_debug_mode if device == "cuda" else MagicMock()
-    for function in ("draw_images", "draw_batch", "train_step"):
+    for function in ("draw_images", "make_inputs", "train_step"):
         monkeypatch.setattr(script, function, watched(getattr(script, function)))
     for i, model in enumerate([[], *SCRIPTS[name]["models"]]):
         run = tmp_path / str(i)
@@ -399,9 +435,10 @@ def test_a_step_never_waits_for_the_device(device, name, script, tiny, tmp_path,
 
 
 def test_copies_of_one_image_give_results_that_are_json(script, tiny, tmp_path, cli):
+    (tmp_path / "red").mkdir()
     for i in range(40):
-        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{i}.png")
-    assert cli(script, *tiny, "--data", tmp_path, "--steps", 2, "--out", tmp_path / "run").status == 0
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "red" / f"{i}.png")
+    assert cli(script, *tiny, "--data", tmp_path / "red", "--steps", 2, "--out", tmp_path / "run").status == 0
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
