@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
+# ///
 """Autoencoding generative adversarial networks (Conor Lazarou, 2020, https://arxiv.org/abs/2004.05472).
 
 A generator G from latents to images, an encoder E back, and discriminators D_x of images, D_z of latents. G and E must
@@ -57,7 +61,6 @@ INPUT_NOISE = 0.01  # deviation of the noise added to what E, D_x and D_z take, 
 LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # ... and of the factors on what their layers give: Keras's rate of 0.005
 INITIAL_STD = 0.02  # of weights, but for the style's and those of D_z
 BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam
-CLIP_NORM = 1.0  # of each parameter's gradient
 EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
@@ -105,8 +108,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, image_size, channels, outputs, kernel=4, leak=0.0):
         widths = [3] + [channels * w for w in (1, 1, 2, 2, 2, 4)]
-        halvings = IMAGE_SIZES[image_size]
-        strides = [2] * halvings + [1] * (6 - halvings)
+        strides = [2] * IMAGE_SIZES[image_size] + [1] * (6 - IMAGE_SIZES[image_size])
         layers = [AddNoise()]
         for c_in, c_out, stride in zip(widths, widths[1:], strides):
             conv = same_conv(c_in, c_out, kernel, stride)
@@ -278,7 +280,7 @@ def train_step(nets, optimizer, model, weights, x, z):
     losses["L_G_E"].backward(inputs=trainable(optimizer, *G_E))  # minimise Eq. 7
     gradients = [p.grad for p in nets.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))  # one number a parameter
-    torch._foreach_div_(gradients, (norms / CLIP_NORM).clamp(min=1).unbind())  # now none is longer than CLIP_NORM
+    torch._foreach_div_(gradients, norms.clamp(min=1).unbind())  # each is clipped to a norm of 1
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -408,12 +410,10 @@ def parse_args(argv):
     elif args.quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
-    for name in COUNTS:
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in WEIGHTS:
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least 0")
+    for name in COUNTS + WEIGHTS:
+        least = 1 if name in COUNTS else 0
+        if not least <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint

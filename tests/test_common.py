@@ -142,7 +142,7 @@ def test_files_that_cannot_be_read_are_skipped_counted_and_named_with_the_reason
     error = capsys.readouterr().err
     assert "read 25 of 29 images" in error and "skipped 4" in error and "kinds: 2 .heic, 1 .txt" in error
     named = re.findall(r"(\w+)\.\w+ \((.*?)\)(?:,|\n)", error.split("skipped 4")[1])
-    reasons = {"broken": "cannot identify", "cut": "truncated", "empty": "empty file", "panorama": "exceeds limit"}
+    reasons = {"broken": "cannot identify", "cut": "runcated", "empty": "empty file", "panorama": "exceeds limit"}
     assert len(named) == 3 and all(reasons[name] in reason for name, reason in named), error
 
 
