@@ -155,40 +155,34 @@ def _load_folder(folder, size, seed):
 
 
 def _read_attributes(folder, paths):
-    """Names of the attributes, and labels bool [M, A] of the images at paths. No names where there are no attributes.
+    """Names of the attributes and labels bool [M, A] of the images at paths. No names where no file has all images.
 
-    The first of ATTRIBUTE_FILES that is in the folder, or up to two above it, or in a folder Anno in one of these.
+    The file is the first of ATTRIBUTE_FILES in the folder, or in up to two above it, or in a folder Anno in one of them.
     """
-    folder = Path(os.path.abspath(folder))
-    places = [place / inside for place in (folder, *folder.parents[:2]) for inside in (".", "Anno")]
-    files = [place / name for place in places for name in ATTRIBUTE_FILES if (place / name).is_file()]
-    if files:
-        try:
-            return _parse_attributes(files[0], paths)
-        except (DataError, OSError) as error:
-            print(f"going on without attributes: {files[0]} {error}", file=sys.stderr)
-    return [], torch.zeros(len(paths), 0, dtype=torch.bool)
-
-
-def _parse_attributes(file, paths):
+    above = Path(os.path.abspath(folder), "x").parents[:3]
+    places = [Path(place, inside, name) for place in above for inside in ("", "Anno") for name in ATTRIBUTE_FILES]
+    file = next(filter(Path.is_file, places), None)
+    if file is None:
+        return [], torch.zeros(len(paths), 0, dtype=torch.bool)
     lines = [line for line in file.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
-    if file.suffix == ".csv":
-        rows = list(csv.reader(lines))
-    else:  # CelebA's: the number of images, the names, then a file name and 1 or -1 for each
-        rows = [line.split() for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
-    names = rows[0][1:] if rows else []
-    table = {row[0]: [value == "1" for value in row[1:]] for row in rows[1:]}
-    for row in rows[1:]:
-        if len(row) != len(names) + 1 or not set(row[1:]) <= {"0", "1", "-1"}:
-            raise DataError(f"has a row that is not a file name and {len(names)} values 0 or 1: {' '.join(row)[:60]}")
+    if file.suffix == ".txt":  # CelebA's: the number of images, the names, then a file name and 1 or -1 for each
+        header, *rows = [line.split() for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
+    else:
+        header, *rows = csv.reader(lines or ["file"])
+    bad = [row for row in rows if len(row) != len(header) or not set(row[1:]) <= {"0", "1", "-1"}]
+    table = {row[0]: [value == "1" for value in row[1:]] for row in rows}
     # An image is found by its path from the attribute file, or by its name if no other image has that.
     count = Counter(path.name for path in paths)
     keys = [Path(os.path.relpath(path, file.parent)).as_posix() for path in paths]
     keys = [path.name if key not in table and count[path.name] == 1 else key for key, path in zip(keys, paths)]
     missing = [key for key in keys if key not in table]
-    if missing or not names:
-        raise DataError(f"has no row for {len(missing)} of {len(paths)} images: {', '.join(missing[:3])}")
-    return names, torch.tensor([table[key] for key in keys])
+    if not bad and not missing:
+        return header[1:], torch.tensor([table[key] for key in keys], dtype=torch.bool)
+    reason = f"has no row for {len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
+    if bad:
+        reason = f"has a row that is not a file name and {len(header) - 1} values 0 or 1: {' '.join(bad[0])[:60]}"
+    print(f"going on without attributes: {file} {reason}", file=sys.stderr)
+    return [], torch.zeros(len(paths), 0, dtype=torch.bool)
 
 
 def _load_torchvision(dataset, size, seed, root):
@@ -240,8 +234,7 @@ def draw_faces(count, size, seed=0):
         images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         labels[i] = torch.tensor([name in parts for name in FACE_ATTRIBUTES])
         if (i + 1) % 1000 == 0:
-            print(f"\rdrew {i + 1} of {count} faces", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            print(f"drew {i + 1} of {count} faces", end="\r" if i + 1 < count else "\n", file=sys.stderr, flush=True)
     return images, FACE_ATTRIBUTES, labels
 
 
