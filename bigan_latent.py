@@ -2,11 +2,11 @@
 
 https://pdfslide.us/documents/toward-better-reconstruction-of-style-images-with-gans-the-rationale-of-using-gans.html
 
-A BiGAN: a generator G from latents to images, an encoder E from images to latents, and one discriminator D that tells
-pairs (x, E(x)) from pairs (G(z), z). At its optimum G and E are each other's inverse; in practice they are not. The
-paper adds a penalty on the reconstruction of latents, z against E(G(z)): it does not blur images, as a penalty on
-pixels does, and with enough weight it helps against collapse. Penalties on pixels and on AlexNet's features are
-compared with it. D is unrolled: G and E look K of its updates ahead.
+A BiGAN: a generator G from latents to images, an encoder E back, and one discriminator D that tells pairs (x, E(x))
+from pairs (G(z), z). At its optimum G and E are each other's inverse; in practice they are not. So the paper adds a
+penalty on latents, z against E(G(z)). The paper finds that this aids against collapse and gives the best images, where
+penalties on pixels and on AlexNet's features cost sharpness and style. D is unrolled: G and E are trained against what
+K more of its updates would make of it.
 
     python bigan_latent.py --quick                            # cartoon faces within three minutes on two CPU cores
     python bigan_latent.py --data photos/ --out runs/photos   # the paper's EX7 on a folder of images
@@ -29,25 +29,24 @@ paper -> code
     Section 5    mode collapse; who fools D             sample_diversity; measure: d_on_reconstructions, ...
 
 Rulings, where the paper is silent or contradicts itself
-    - Section 3 also calls G's distribution q(x|z) and E's p(z|x): swapped. In process p, z is drawn first.
-    - The text of Figures 1-3 names only kinds of layers. Widths and kernels are soumith/dcgan.torch's; D has E's
-      convolutions for x, a dense layer of 8c = 512 units for z, and one of 2c = 128, with dropout, for both.
-    - Decay 0.97 and dropout 0.8 are TensorFlow's: momentum 0.03 and a probability of 0.2 in torch. Epsilon is torch's.
-    - In training each batch of D is normalised by itself: (x, E(x)) and (G(z), z) are two. Pictures and results use the
-      running averages, which every pass moves but the unrolled ones.
-    - The pseudo-Huber of Eq. 4, 6 and 7 is taken of each coordinate and averaged: Section 4 wants each dimension of z
-      reconstructed. In Eq. 5 it is taken of the norm, since H has length 1 and 9,216 coordinates.
-    - H is torchvision's AlexNet, the narrower one of 2014, of images resized to 224x224; its last feature is pool5.
-    - Unrolling is that of Metz et al.: G and E see D after K Adam steps on the batch, from D's weights and moments, and
-      have gradients through them. D's real label is 0.9 in them, too, but not for G and E; dropout is drawn anew.
-    - Adam's second moment decays with 0.999. Weights start from N(0, 0.02), batch norm's from 1, not N(1, 0.02).
+    - Section 3 calls G's distribution p(x|z), then q(x|z), and E's q(z|x), then p(z|x). We use the former: p draws z.
+    - The text of Figures 1-3 names kinds of layers alone; widths and kernels are soumith/dcgan.torch's, since Section 5
+      bases G on DCGAN. D has E's convolutions for x, 8c = 512 units for z, then 2c = 128, with dropout, for both.
+    - Decay 0.97 and dropout 0.8 are TensorFlow's: momentum 0.03 and a probability of 0.2 in torch.
+    - D normalises the batches (x, E(x)) and (G(z), z) each by itself, in training.
+    - Pictures and results use batch norm's running averages. G(z) and E(x) move those of G and E; G(E(x)) and E(G(z))
+      do, too, where their penalty has a weight. So G's are of z alone in EX7, and of z and E(x) in EX8.
+    - The pseudo-Huber of Eq. 4, 6 and 7 is that of each coordinate, averaged, since Section 4 wants each dimension of z
+      reconstructed. In Eq. 5 it is that of the norm, since H has 9,216 coordinates and length 1.
+    - H's layer is "pool 15" in Section 4, pool5 in Section 5. We use the latter, of torchvision's narrower AlexNet of 2014.
+    - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
+      weights and moments, and have gradients through them. D's real label is 0.9 in them, too; dropout is drawn anew.
+    - All networks step at once; D takes the first of the K steps.
+    - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
 Departures
-    - G and E minimise -log D(G(z), z) - log(1 - D(x, E(x))), labels swapped, as BiGAN's code does; so the logged L_GAN
-      is not Eq. 3's. (Metz et al. let G minimise Eq. 3's value itself.)
-    - E is deterministic by default; footnote 1's variance is --stochastic-encoder. Figures and results use its mean.
-    - All networks step at once; D takes the first of the K steps. Batches are drawn with replacement.
-    - Default data are drawn faces, not fashion, and nothing is cropped to the person. A tenth is held out, and pictures
-      and results show only that. --quick has K = 1 and 2.5 times the learning rate.
+    - Eq. 3 lets G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). They minimise what BiGAN's code does, with
+      swapped labels: generator_loss. So the logged L_GAN is not Eq. 3's. (Metz et al. let G minimise Eq. 3's.)
+    - Footnote 1's variance of E is --stochastic-encoder here. Then L_AD and D see samples of E; results show its mean.
 """
 
 import json
@@ -55,7 +54,6 @@ import math
 import sys
 import time
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -64,19 +62,25 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.func import functional_call
 
-from common import draw_images, load_data, place_images, save_grid, to_float
+from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "bigan_latent"
-EXPERIMENTS = {  # Table 1: lambda_1 (Eq. 6), lambda_2 (Eq. 4), lambda_3 (Eq. 5)
-    f"EX{i + 1}": {"lambda_1": (0.05, 1.0, 2.5)[i // 3], "lambda_2": float(i % 3 == 1), "lambda_3": float(i % 3 == 2)}
-    for i in range(9)
+EXPERIMENTS = {  # Table 1; weights of Eq. 6, 4 and 5
+    "EX1": {"lambda_1": 0.05, "lambda_2": 0.0, "lambda_3": 0.0},
+    "EX2": {"lambda_1": 0.05, "lambda_2": 1.0, "lambda_3": 0.0},
+    "EX3": {"lambda_1": 0.05, "lambda_2": 0.0, "lambda_3": 1.0},
+    "EX4": {"lambda_1": 1.0, "lambda_2": 0.0, "lambda_3": 0.0},
+    "EX5": {"lambda_1": 1.0, "lambda_2": 1.0, "lambda_3": 0.0},
+    "EX6": {"lambda_1": 1.0, "lambda_2": 0.0, "lambda_3": 1.0},
+    "EX7": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 0.0},
+    "EX8": {"lambda_1": 2.5, "lambda_2": 1.0, "lambda_3": 0.0},
+    "EX9": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 1.0},
 }
-IMAGE_SIZES = (16, 32, 64)
+IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # and the widths, in channels, of convolutions to reach 4x4
 REAL = 0.9  # D's label of real pairs: one-sided label smoothing (Section 5)
 LEAK = 0.2  # slope of the leaky ReLU (Section 5)
-BATCH_NORM_MOMENTUM = 1 - 0.97  # (Section 5)
+batch_norm = partial(nn.BatchNorm2d, momentum=1 - 0.97)  # (Section 5)
 DROPOUT = 1 - 0.8  # (Section 5)
 GAMMA = 0.05  # of the pseudo-Huber loss (Section 5)
 BETAS = (0.5, 0.999)  # the first: Section 5
@@ -84,29 +88,20 @@ INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
 FILE = "alexnet-owt-7be5be79.pth"  # AlexNet's weights, in torchvision's cache
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
+EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
+WEIGHTS = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")  # options of at least 0
+MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
 QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "steps": 1700, "unroll": 1, "lr": 5e-4, "save_every": 500}
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
-def conv_widths(image_size, channels):
-    """Channels from the image to 4x4, in E and D, and backwards in G: c, 2c, 4c, 8c where S = 64."""
-    if image_size not in IMAGE_SIZES:
-        raise ValueError(f"image_size {image_size}: must be one of {IMAGE_SIZES}")
-    return [channels * 2**i for i in range(image_size.bit_length() - 3)]
-
-
-def batch_norm(channels):
-    """Batch norm with the paper's decay: [N, C, H, W] -> [N, C, H, W]."""
-    return nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM)
-
-
-def conv_stack(image_size, channels):
-    """What E and D share: images [N, 3, S, S] in [-1, 1] -> features [N, 2 c S] of a 4x4 map."""
-    first, *widths = conv_widths(image_size, channels)
-    layers = [nn.Conv2d(3, first, 4, 2, 1), nn.LeakyReLU(LEAK)]
-    for c_in, c_out in zip([first, *widths], widths):
+def conv_stack(widths):
+    """What E and D share: images [N, 3, S, S] in [-1, 1] -> features [N, C * 4 * 4], where C is the last width."""
+    layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(LEAK)]  # kernel 4, stride 2, padding 1, as all below
+    for c_in, c_out in zip(widths, widths[1:]):
         layers += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), batch_norm(c_out), nn.LeakyReLU(LEAK)]
     return nn.Sequential(*layers, nn.Flatten())
 
@@ -115,8 +110,8 @@ class Generator(nn.Sequential):
     """G: latents [N, Z], z in [-1, 1] or E(x), which is unbounded -> images [N, 3, S, S] in [-1, 1]."""
 
     def __init__(self, image_size, channels, latent_dim):
-        widths = conv_widths(image_size, channels)[::-1]
-        layers = [nn.Linear(latent_dim, 16 * widths[0], bias=False), nn.Unflatten(1, (widths[0], 4, 4))]
+        widths = [channels * w for w in reversed(IMAGE_SIZES[image_size])]
+        layers = [nn.Linear(latent_dim, widths[0] * 4 * 4, bias=False), nn.Unflatten(1, (widths[0], 4, 4))]
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [batch_norm(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]
         layers += [batch_norm(channels), nn.ReLU(), nn.ConvTranspose2d(channels, 3, 4, 2, 1)]
@@ -129,15 +124,16 @@ class Encoder(nn.Module):
 
     def __init__(self, image_size, channels, latent_dim, stochastic=False):
         super().__init__()
+        widths = [channels * w for w in IMAGE_SIZES[image_size]]
         outputs = 2 * latent_dim if stochastic else latent_dim
         self.stochastic = stochastic
-        self.layers = nn.Sequential(conv_stack(image_size, channels), nn.Linear(2 * channels * image_size, outputs))
+        self.layers = nn.Sequential(conv_stack(widths), nn.Linear(widths[-1] * 4 * 4, outputs))
 
     def forward(self, x):
         if not self.stochastic:
             return self.layers(x)
         mean, log_variance = self.layers(x).chunk(2, dim=1)
-        return mean + (log_variance / 2).exp() * torch.randn_like(mean, dtype=x.dtype) if self.training else mean
+        return mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
 
 
 class Discriminator(nn.Module):
@@ -145,9 +141,10 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
-        self.of_x = conv_stack(image_size, channels)
+        widths = [channels * w for w in IMAGE_SIZES[image_size]]
+        self.of_x = conv_stack(widths)
         self.of_z = nn.Sequential(nn.Linear(latent_dim, 8 * channels), nn.LeakyReLU(LEAK))
-        hidden = nn.Linear(2 * channels * image_size + 8 * channels, 2 * channels)
+        hidden = nn.Linear(widths[-1] * 4 * 4 + 8 * channels, 2 * channels)
         self.of_both = nn.Sequential(hidden, nn.LeakyReLU(LEAK), nn.Dropout(DROPOUT), nn.Linear(2 * channels, 1))
 
     def forward(self, x, z):
@@ -155,14 +152,17 @@ class Discriminator(nn.Module):
 
 
 class Features(nn.Module):
-    """H (Eq. 5): images x [N, 3, S, S] in [-1, 1] -> AlexNet's pool5 [N, 9216], of length 1. Fixed.
-
-    The weights are torchvision's, from its cache or fetched by it; raises what it raises where it has neither.
-    """
+    """H (Eq. 5): images x [N, 3, S, S] in [-1, 1] -> AlexNet's pool5 [N, 9216], of length 1. Fixed. DataError where
+    torchvision has no weights of it in its cache, nor can fetch them."""
 
     def __init__(self):
         super().__init__()
-        self.layers = torchvision.models.alexnet(weights="IMAGENET1K_V1").features.requires_grad_(False)
+        try:
+            layers = torchvision.models.alexnet(weights="IMAGENET1K_V1").features
+        except (OSError, RuntimeError) as error:  # no network, or not the whole file
+            where = f"{torch.hub.get_dir()}/checkpoints"
+            raise DataError(f"--lambda-3 above 0 needs {FILE} in {where}, which cannot be loaded: {error}") from error
+        self.layers = layers.requires_grad_(False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
@@ -172,7 +172,9 @@ class Features(nn.Module):
 
 
 def build_networks(image_size, channels, latent_dim, stochastic=False):
-    """The networks by the paper's names, G, E and D, in training mode. ValueError for a size that they cannot have."""
+    """The networks by the paper's names, G, E and D, in training mode."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"size {image_size}: there are {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim, stochastic)
     nets["D"] = Discriminator(image_size, channels, latent_dim)
@@ -192,17 +194,17 @@ def discriminator_loss(d_q, d_p):
 
     d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z).
     """
-    real = F.binary_cross_entropy_with_logits(d_q, torch.full_like(d_q, REAL))
-    return real + F.binary_cross_entropy_with_logits(d_p, torch.zeros_like(d_p))
+    loss_q = F.binary_cross_entropy_with_logits(d_q, torch.full_like(d_q, REAL))
+    return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.zeros_like(d_p))
 
 
 def generator_loss(d_q, d_p):
-    """Eq. 1, Eq. 2, Eq. 3 as G and E minimise them: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], without smoothing.
+    """Instead of Eq. 1, Eq. 2, Eq. 3, for G and E: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], labels swapped.
 
-    d_q, d_p: as in discriminator_loss.
+    It falls where Eq. 3 does, but is not its value. d_q, d_p: as in discriminator_loss; no label is smoothed.
     """
-    real = F.binary_cross_entropy_with_logits(d_q, torch.zeros_like(d_q))
-    return real + F.binary_cross_entropy_with_logits(d_p, torch.ones_like(d_p))
+    loss_q = F.binary_cross_entropy_with_logits(d_q, torch.zeros_like(d_q))
+    return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.ones_like(d_p))
 
 
 def pseudo_huber(t):
@@ -211,10 +213,8 @@ def pseudo_huber(t):
 
 
 def penalty(reconstruction, original):
-    """Eq. 4: ||x - G(E(x))||, Eq. 6: ||z - E(G(z))||, Eq. 7: ||E(x) - E(G(E(x)))||: pseudo-Huber, mean of coordinates.
-
-    Both [N, 3, S, S] or [N, Z].
-    """
+    """Eq. 4: ||x - G(E(x))||, Eq. 6: ||z - E(G(z))||, Eq. 7: ||E(x) - E(G(E(x)))||, all by the pseudo-Huber loss of each
+    coordinate, averaged. Both [N, 3, S, S] or [N, Z]."""
     return pseudo_huber(original - reconstruction).mean()
 
 
@@ -229,12 +229,15 @@ def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
     L_D is for D to minimise, L_G_E for G and E; the others are its terms. weights: {"lambda_1": number, ...}; a penalty
     of weight 0 is not computed, but 0, and H may then be None. unroll: K, 0 for none; optimizer: see unrolled_logits.
     """
-    G, E, D, zero = nets["G"], nets["E"], nets["D"], torch.zeros((), device=x.device)
+    G, E, D = nets["G"], nets["E"], nets["D"]
     x_hat, z_hat = G(z), E(x)
     q, p = (x, z_hat), (x_hat, z)
     d_q, d_p = D(*q), D(*p)
     L_D = discriminator_loss(d_q, d_p)  # Eq. 3, max over D
-    L_GAN = generator_loss(*unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll))  # Eq. 3, min over G, E
+    # What D would say after K more updates. Through these, G and E get the gradient of what they would do to D, too.
+    later_d_q, later_d_p = unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll)
+    L_GAN = generator_loss(later_d_q, later_d_p)  # Eq. 3, min over G, E
+    zero = torch.zeros((), device=x.device)
     x_tilde = G(z_hat) if weights["lambda_2"] or weights["lambda_3"] else None
     L_AD = penalty(E(x_hat), z) if weights["lambda_1"] else zero  # Eq. 6
     L_AE = penalty(x_tilde, x) if weights["lambda_2"] else zero  # Eq. 4
@@ -246,22 +249,40 @@ def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
 def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
     """D's logits of the pairs q and p after `unroll` Adam steps on them, differentiable through the steps (Section 5).
 
-    d_q, d_p: its logits now. optimizer: a torch.optim.Adam that has D in one group; the steps start from its moments. D
-    and the optimizer are left as they are.
+    q, p: (images, latents). d_q, d_p: D's logits of them now. The steps start from D's weights and from the optimizer's
+    moments of them; D and the optimizer are left as they are. ValueError: see adam_group; not where unroll is 0.
     """
+    if unroll == 0:
+        return d_q, d_p
+    group = adam_group(D, optimizer)
     names, theta = zip(*D.named_parameters())
     buffers = {name: buffer.clone() for name, buffer in D.named_buffers()}  # batch norm writes to these, not to D's
-    states, zero = [optimizer.state.get(w, {}) for w in theta], torch.zeros((), device=d_q.device)
-    m, v = ([state.get(name, zero) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+    zero = torch.zeros((), device=d_q.device)  # moments and number of steps of an optimizer that has made none
+    states = [optimizer.state.get(parameter, {}) for parameter in theta]
+    m = [state.get("exp_avg", zero) for state in states]
+    v = [state.get("exp_avg_sq", zero) for state in states]
     t = states[0].get("step", zero)
-    group = next(g for g in optimizer.param_groups if any(w is theta[0] for w in g["params"]))
     for _ in range(unroll):
         gradients = torch.autograd.grad(discriminator_loss(d_q, d_p), theta, create_graph=True)
         t = t + 1
-        theta, m, v = zip(*(adam_step(*each, t, group) for each in zip(theta, gradients, m, v)))
-        unrolled = {**dict(zip(names, theta)), **buffers}
-        d_q, d_p = functional_call(D, unrolled, q), functional_call(D, unrolled, p)
+        steps = [adam_step(*each, t, group) for each in zip(theta, gradients, m, v)]
+        theta, m, v = zip(*steps)
+        later = {**dict(zip(names, theta)), **buffers}
+        d_q, d_p = torch.func.functional_call(D, later, q), torch.func.functional_call(D, later, p)
     return d_q, d_p
+
+
+def adam_group(D, optimizer):
+    """The optimizer's group that has D. ValueError if its steps are not adam_step's, or cannot be differentiated."""
+    parameters = {id(p) for p in D.parameters()}
+    groups = [group for group in optimizer.param_groups if parameters <= {id(p) for p in group["params"]}]
+    differentiable = torch.is_grad_enabled() and all(p.requires_grad for p in D.parameters())
+    if type(optimizer) is not torch.optim.Adam or not groups or not differentiable:
+        raise ValueError("unrolling needs a torch.optim.Adam with all of D in one group, none frozen, and gradients on")
+    (group,) = groups
+    if group["weight_decay"] or group["amsgrad"] or group["maximize"] or min(group["betas"]) <= 0:
+        raise ValueError("unrolling needs an Adam without weight_decay, amsgrad and maximize, and with betas above 0")
+    return group
 
 
 def adam_step(theta, gradient, m, v, t, group):
@@ -269,8 +290,8 @@ def adam_step(theta, gradient, m, v, t, group):
     beta_1, beta_2 = group["betas"]
     m = beta_1 * m + (1 - beta_1) * gradient
     v = beta_2 * v + (1 - beta_2) * gradient**2
-    m_hat = m / -torch.expm1(t * math.log(beta_1))  # 1 - beta_1^t
-    v_hat = v / -torch.expm1(t * math.log(beta_2))
+    m_hat = m / -torch.expm1(t * math.log(beta_1))  # 1 - beta_1^t, without float32's loss of digits ...
+    v_hat = v / -torch.expm1(t * math.log(beta_2))  # ... where that is near 0
     return theta - group["lr"] * m_hat / ((v_hat + TINY).sqrt() + group["eps"]), m, v
 
 
@@ -282,30 +303,41 @@ def build_optimizer(nets, lr):
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
-def draw_batch(images, latent_dim):
+def make_inputs(images, latent_dim):
     """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; z ~ U[-1, 1]^Z: [N, Z]."""
     return to_float(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
 
+def trainable(optimizer, *networks):
+    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in updated for p in parameters):
+        raise ValueError("the optimizer does not have all parameters of the networks")
+    return parameters
+
+
 def train_step(nets, optimizer, H, weights, unroll, x, z):
-    """One update of every network, all at the same point. Returns the losses before it, detached: see bigan_losses."""
+    """One update of every network, with gradients taken before any moves. Returns the losses: see bigan_losses."""
     losses = bigan_losses(nets, optimizer, H, weights, unroll, x, z)
     optimizer.zero_grad()
-    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
-    losses["L_D"].backward(inputs=list(nets["D"].parameters()), retain_graph=True)
-    losses["L_G_E"].backward(inputs=[*nets["G"].parameters(), *nets["E"].parameters()])
+    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)  # maximises Eq. 3
+    losses["L_G_E"].backward(inputs=trainable(optimizer, nets["G"], nets["E"]))  # minimise Eq. 8
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(step, batch):
-    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
-    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
-    with torch.cuda.graph(graph):
-        losses = step(*batch)
+def record(step, inputs):
+    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
+    values, so read these before the next one."""
+    inputs = [tensor.clone() for tensor in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        losses = step(*inputs)
 
-    def replay(*new_batch):
-        torch._foreach_copy_(batch, new_batch)
+    def replay(*new_inputs):
+        torch._foreach_copy_(inputs, new_inputs)
         graph.replay()
         return losses
 
@@ -320,8 +352,8 @@ def percent(D, x, z):
     return 100 * D(x, z).sigmoid().squeeze(1)
 
 
-def captions(percents):
-    """Two digits for each of the percents [N], 99 at most."""
+def two_digits(percents):
+    """A text for each of the percents [N], 99 at most."""
     return [f"{min(p, 99):02.0f}" for p in percents.tolist()]
 
 
@@ -329,81 +361,82 @@ def save_interpolations(path, nets, x_1, x_2, columns=8):
     """A walk: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (columns - 1))) for i in range(columns)]
-    save_grid(path, torch.stack([x_1, *between, x_2], dim=1).flatten(0, 1), columns=columns + 2)
+    save_grid(path, x_1, *between, x_2, columns=1)
 
 
 @torch.no_grad()
-def save_figures(nets, data, z, out, step, last=True):
-    """samples_<step>.png, Figures 5, 7, ... 21, reconstructions_<step>.png, Figures 6, 8, ... 22, with D's output in
-    percent, and if last figure_interpolations.png.
-
-    data: of which up to ten held-out images are shown. z: latents [N, Z], of which 100 are. The same in every run.
-    """
+def save_figures(nets, data, z, out, step):
+    """samples_<step>.png, Figures 5, 7, ..., of 100 of the latents z [N, Z], reconstructions_<step>.png, Figures 6, 8,
+    ..., of up to ten held-out images, both with D's output in percent, and figure_interpolations.png."""
+    was_training = nets.training
     nets.eval()
-    x, x_hat = to_float(data.heldout[:10].to(z.device)), nets["G"](z[:100])
-    z_hat = nets["E"](x)
+    D = nets["D"]
+    z = z[:100]
+    x = to_float(data.heldout[:10]).to(z.device)
+    x_hat, z_hat = nets["G"](z), nets["E"](x)
     x_tilde = nets["G"](z_hat)
-    save_grid(out / f"samples_{step}.png", x_hat, captions=[captions(percent(nets["D"], x_hat, z[:100]))])
-    texts = [captions(percent(nets["D"], images, z_hat)) for images in (x, x_tilde)]  # with the code it is made from
+    save_grid(out / f"samples_{step}.png", x_hat, captions=[two_digits(percent(D, x_hat, z))])
+    texts = [two_digits(percent(D, x, z_hat)), two_digits(percent(D, x_tilde, z_hat))]  # both with the code of x
     save_grid(out / f"reconstructions_{step}.png", x, x_tilde, columns=5, captions=texts)
-    if last:
-        save_interpolations(out / "figure_interpolations.png", nets, x[: len(x) // 2 * 2 : 2], x[1::2])
-    nets.train()
+    pairs = len(x) // 2
+    save_interpolations(out / "figure_interpolations.png", nets, x[:pairs], x[pairs : 2 * pairs])
+    nets.train(was_training)
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, [N, 3, S, S]: 0 in total collapse, None if all images are one."""
-    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
-    return a / b if b > 0 else None
+    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
-def neighbour_difference(x):
-    """The mean absolute difference of neighbouring pixels of images [N, 3, S, S]: less where they are blurred."""
-    return (x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()) / 2
+def edges(x):
+    """The mean difference of neighbouring pixels of images [N, 3, S, S]: less where blurred, more where speckled."""
+    return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
 
 
 @torch.no_grad()
 def measure(nets, data, z):
-    """The figures of merit, on held-out images and latents z [N, Z]; D's outputs in percent."""
+    """The figures of merit, of up to 1,000 held-out images and of latents z [N, Z]; d_on_...: D's output in percent."""
+    was_training = nets.training
     nets.eval()
     G, E, D = nets["G"], nets["E"], nets["D"]
-    mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
-    results, edges = defaultdict(float), 0.0
-    for x in map(to_float, data.heldout.to(z.device).split(250)):
-        z_hat = E(x)
-        x_tilde, share = G(z_hat), len(x) / len(data.heldout)
-        results["heldout_l1"] += share * F.l1_loss(x_tilde, x).item()
-        results["heldout_l1_of_mean_image"] += share * F.l1_loss(mean_image.expand_as(x), x).item()
-        results["sharpness"] += share * neighbour_difference(x_tilde).item()
-        edges += share * neighbour_difference(x).item()
-        results["autodecoder_q"] += share * penalty(E(x_tilde), z_hat).item()  # Eq. 7, L_AD'
-        results["d_on_real"] += share * percent(D, x, z_hat).mean().item()
-        results["d_on_reconstructions"] += share * percent(D, x_tilde, z_hat).mean().item()
+    x = to_float(data.heldout[:1000]).to(z.device)
+    z_hat = torch.cat([E(part) for part in x.split(250)])
+    x_tilde = torch.cat([G(part) for part in z_hat.split(250)])
+    z_tilde = torch.cat([E(part) for part in x_tilde.split(250)])
+    d_on_real = torch.cat([percent(D, *pair) for pair in zip(x.split(250), z_hat.split(250))])
+    d_on_reconstructions = torch.cat([percent(D, *pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
     x_hat = G(z)
-    return (
-        results
-        | {
-            "sharpness": results["sharpness"] / edges if edges else None,  # 1 where reconstructions lose nothing
-            "d_on_samples": percent(D, x_hat, z).mean().item(),
-            "latent_l1": F.l1_loss(E(x_hat), z).item(),
-            "sample_diversity": sample_diversity(x_hat, to_float(data.heldout[: len(z)].to(z.device))),
-        }
-    )
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+    results = {
+        "heldout_l1": F.l1_loss(x_tilde, x).item(),
+        "heldout_l1_of_mean_image": F.l1_loss(mean_image.expand_as(x), x).item(),
+        "sharpness": (edges(x_tilde) / edges(x)).item(),
+        "sharpness_of_halves": (edges(F.avg_pool2d(x_tilde, 2)) / edges(F.avg_pool2d(x, 2))).item(),
+        "autodecoder_q": penalty(z_tilde, z_hat).item(),  # Eq. 7, L_AD'
+        "latent_l1": F.l1_loss(E(x_hat), z).item(),
+        "d_on_real": d_on_real.mean().item(),
+        "d_on_reconstructions": d_on_reconstructions.mean().item(),
+        "d_on_samples": percent(D, x_hat, z).mean().item(),
+        "sample_diversity": sample_diversity(x_hat, x[: len(z)]),
+    }
+    nets.train(was_training)
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
 def fail(message, status=2):
-    """End the program with one line, the message's first, on the standard error."""
-    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
+    """End the program with one line on the standard error."""
+    print(f"{NAME}.py: error: {message.splitlines()[0]}", file=sys.stderr)
     sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.error, add = fail, parser.add_argument
+    parser.error = fail
+    add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--experiment", choices=EXPERIMENTS, default="EX7", help="row of Table 1 that sets the next three")
     add("--lambda-1", type=float, default=SUPPRESS, help="weight of Eq. 6: latents z against E(G(z))")
@@ -426,99 +459,115 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-
-    args, checkpoint = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
     path = Path(args.out, "checkpoint.pt")
+    checkpoint = None
     if args.resume:
+        if not path.exists():
+            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or leave out --resume")
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     else:
-        parser.set_defaults(**EXPERIMENTS[args.experiment], **QUICK if args.quick else {})
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        least = {int: 0 if name in ("seed", "unroll") else 1, float: 0}.get(type(value))
-        if least is not None and not least <= value <= 1e12:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
-    for name, value in checkpoint[NAME].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in ("steps", "log_every", "save_every"):
-            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if checkpoint and args.steps < checkpoint["step"]:
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+        parser.set_defaults(**EXPERIMENTS[args.experiment], **(QUICK if args.quick else {}))
+    args = parser.parse_args(argv)  # with the defaults of the run, or of --experiment and --quick
+    for name in COUNTS + WEIGHTS:
+        least = 1 if name in COUNTS else 0
+        if not least <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def restore(checkpoint, args, data, nets, optimizer):
+    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    for name, value in checkpoint[NAME].items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
+    if args.steps < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+    if checkpoint["images"] != data.checksum:
+        fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
+    nets.load_state_dict(checkpoint["networks"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    cpu_state, *cuda_states = checkpoint["random"]
+    torch.set_rng_state(cpu_state)
+    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, option = Path(args.out), f"--device {args.device}" + " with --graph" * args.graph
+    out = Path(args.out)
     try:
-        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
         if args.graph:
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-        option = f"--lambda-3 {args.lambda_3}, without {FILE} in {torch.hub.get_dir()}/checkpoints,"
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    try:
         H = Features().to(device) if args.lambda_3 > 0 else None
-        option = f"--data {args.data}"
         data = load_data(args.data, args.image_size, args.batch_size)
-        option = f"--out {out}"
         out.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # of many kinds
-        fail(f"{option} cannot be used: {error}")
+    except (DataError, OSError) as error:  # which name the file or folder
+        fail(str(error))
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.image_size, args.channels, args.latent_dim, args.stochastic_encoder).to(device)
     optimizer = build_optimizer(nets, args.lr)
+    weights = {"lambda_1": args.lambda_1, "lambda_2": args.lambda_2, "lambda_3": args.lambda_3}
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "graph")}
-    begin, log = 0, ""
-    if checkpoint:
-        begin, log = checkpoint["step"], checkpoint["log"]
-        nets.load_state_dict(checkpoint["networks"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"][0])
-        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    print(f"{args.experiment} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
+    run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
+    row = args.experiment if weights == EXPERIMENTS[args.experiment] else "BiGAN"
+    print(f"{row}, {weights}, on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
-    images, step_on = place_images(data.train, device), partial(train_step, nets, optimizer, H, vars(args), args.unroll)
+    images = place_images(data.train, device)
+    step_function = partial(train_step, nets, optimizer, H, weights, args.unroll)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
-        batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim)
-        if args.graph and step == begin + 4:
-            step_on = record(step_on, batch)
-        losses = step_on(*batch)
+        inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim)
+        if args.graph and step == begin + EAGER_STEPS + 1:
+            step_function = record(step_function, inputs)
+        losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
-        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+        if not (save_due or step % args.log_every == 0 or step == 1):
             continue
-        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
-        for name in (name for name, value in values.items() if not math.isfinite(value)):
-            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
+        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+            fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        values = {name: loss.item() for name, loss in losses.items()}
+        log = log or ",".join(["step", *values]) + "\n"
+        log += ",".join(map(str, [step, *values.values()])) + "\n"
+        (out / "log.csv").write_text(log)
         rate = (step - begin) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
-        if step == 1 and left > timedelta(hours=1):
+        if step == 1 and device.type == "cpu" and left > timedelta(hours=1):
             print("This is long for a CPU: --quick takes three minutes", flush=True)
-        log = log or ",".join(("step", *values)) + "\n"
-        log += ",".join(map(str, (step, *values.values()))) + "\n"
-        (out / "log.csv").write_text(log)
         if save_due:
-            save_figures(nets, data, z_shown, out, step, last=False)
-            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            torch.save(state, out / "checkpoint.tmp")
+            save_figures(nets, data, z_shown, out, step)
+            state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
+            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    save_figures(nets, data, z_shown, out, args.steps)
-    results = measure(nets, data, z_shown) | {"steps": args.steps, "config": config}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if begin == args.steps:  # a finished run: its figures are made again
+        save_figures(nets, data, z_shown, out, begin)
+    results = measure(nets, data, z_shown)
     for name, value in results.items():
-        if isinstance(value, float):
-            print(f"{name:26}{value:10.3f}")
+        print(f"{name:26}{value:10.3f}")
+    results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/benchmark.py                                # all scripts: the paper's settings on CUDA, else --quick's
     python tests/benchmark.py --scripts aegan pagan --graph --out benchmark.json
 
-`script` is what the script does: draw_images, draw_batch and train_step, with its --graph. `plain` is the loop that
+`script` is what the script does: draw_images, make_inputs and train_step, with its --graph. `plain` is the loop that
 public collections have: a DataLoader of image files with workers, a forward pass for every loss with detach, torch's
 default Adam, .item() at every step. They take turns, after one that warms up; a turn ends when the device has done its
 work. Medians over the turns. Floating-point operations and peak memory are those of the script's step; the peak is that
@@ -174,7 +174,7 @@ def inverse_gen(m, args, nets, device, stage):
 
 
 def build(task, device):
-    """A task's arguments, networks, step(*batch), what draw_batch takes after the images, and plain_step(x)."""
+    """A task's arguments, networks, step(*batch), what make_inputs takes after the images, and plain_step(x)."""
     name, *stage = task.split()
     module = importlib.import_module(name)
     args, _ = module.parse_args(["--out", "a folder that is not there", *(["--quick"] if device.type == "cpu" else [])])
@@ -240,13 +240,13 @@ def measure(task, device, folder, turns, seconds, graph):
         torch.cuda.reset_peak_memory_stats(device)
 
     def script_step(_):
-        run(*module.draw_batch(draw_images(images, args.batch_size, device), *options))
+        run(*module.make_inputs(draw_images(images, args.batch_size, device), *options))
 
     run = step
     for _ in range(3):
         script_step(None)
     if graph:
-        run = module.record(step, module.draw_batch(images[: args.batch_size], *options))
+        run = module.record(step, module.make_inputs(images[: args.batch_size], *options))
     row = {"task": task, "batch_size": args.batch_size, "image_size": args.image_size, "graph": graph}
     row["peak_memory"] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     *_, plain_step = build(task, device)
@@ -257,7 +257,7 @@ def measure(task, device, folder, turns, seconds, graph):
         for name, value in zip(rates, here):
             rates[name] += [args.batch_size * value] if turn else []
     with FlopCounterMode(display=False) as counter:
-        step(*module.draw_batch(images[: args.batch_size], *options))
+        step(*module.make_inputs(images[: args.batch_size], *options))
     script, plain = (statistics.median(values) for values in rates.values())
     row |= {"script": script, "plain": plain, "rates": rates, "operations_per_step": counter.get_total_flops()}
     row["ratio"] = statistics.median(a / b for a, b in zip(*rates.values()))

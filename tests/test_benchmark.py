@@ -13,7 +13,7 @@ from conftest import ROOT, graphs_on_the_cpu
 def test_the_plain_loop_updates_what_the_script_updates(task):
     args, nets, step, options, plain_step = benchmark.build(task, torch.device("cpu"))
     images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
-    batch = importlib.import_module(task.split()[0]).draw_batch(images, *options)
+    batch = importlib.import_module(task.split()[0]).make_inputs(images, *options)
 
     def changed(function, *arguments):
         before = {name: parameter.clone() for name, parameter in nets.named_parameters()}
