@@ -24,7 +24,7 @@ paper -> code
     Section 5    the pseudo-Huber loss of Figure 4      pseudo_huber
     Section 5    8 discriminator unrolling steps        unrolled_logits, adam_step
     Table 1      the nine experiments                   EXPERIMENTS, --experiment
-    Figures 5-22 samples, reconstructions, D's output   save_figures, percent
+    Figures 5-22 samples, reconstructions, D's output   save_figures, percents
     Section 1    a walk through the latent space        save_interpolations
     Section 5    mode collapse; who fools D             sample_diversity; measure: d_on_reconstructions, ...
 
@@ -38,10 +38,9 @@ Rulings, where the paper is silent or contradicts itself
       do, too, where their penalty has a weight. So G's are of z alone in EX7, and of z and E(x) in EX8.
     - The pseudo-Huber of Eq. 4, 6 and 7 is that of each coordinate, averaged, since Section 4 wants each dimension of z
       reconstructed. In Eq. 5 it is that of the norm, since H has 9,216 coordinates and length 1.
-    - H's layer is "pool 15" in Section 4, pool5 in Section 5. We use the latter, of torchvision's narrower AlexNet of 2014.
-    - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
-      weights and moments, and have gradients through them. D's real label is 0.9 in them, too; dropout is drawn anew.
-    - All networks step at once; D takes the first of the K steps.
+    - H's layer is "pool 15" in Section 4, pool5 in Section 5. We use the latter, of torchvision's AlexNet of 2014.
+    - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from its
+      weights and moments, through which they have gradients; labels as in its own step, which is the first of these.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
 Departures
     - Eq. 3 lets G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). They minimise what BiGAN's code does, with
@@ -86,7 +85,6 @@ GAMMA = 0.05  # of the pseudo-Huber loss (Section 5)
 BETAS = (0.5, 0.999)  # the first: Section 5
 INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
-FILE = "alexnet-owt-7be5be79.pth"  # AlexNet's weights, in torchvision's cache
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
 EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
@@ -160,8 +158,8 @@ class Features(nn.Module):
         try:
             layers = torchvision.models.alexnet(weights="IMAGENET1K_V1").features
         except (OSError, RuntimeError) as error:  # no network, or not the whole file
-            where = f"{torch.hub.get_dir()}/checkpoints"
-            raise DataError(f"--lambda-3 above 0 needs {FILE} in {where}, which cannot be loaded: {error}") from error
+            file = f"{torch.hub.get_dir()}/checkpoints/alexnet-owt-7be5be79.pth"
+            raise DataError(f"--lambda-3 above 0 needs {file}, which cannot be had: {error}") from error
         self.layers = layers.requires_grad_(False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
@@ -191,18 +189,14 @@ def build_networks(image_size, channels, latent_dim, stochastic=False):
 
 def discriminator_loss(d_q, d_p):
     """Eq. 1, Eq. 2, Eq. 3 as D minimises them: -E_q[log D(x, E(x))] - E_p[log(1 - D(G(z), z))], label 0.9 for q.
-
-    d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z).
-    """
+    d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z)."""
     loss_q = F.binary_cross_entropy_with_logits(d_q, torch.full_like(d_q, REAL))
     return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.zeros_like(d_p))
 
 
 def generator_loss(d_q, d_p):
-    """Instead of Eq. 1, Eq. 2, Eq. 3, for G and E: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], labels swapped.
-
-    It falls where Eq. 3 does, but is not its value. d_q, d_p: as in discriminator_loss; no label is smoothed.
-    """
+    """Instead of Eq. 1, Eq. 2, Eq. 3, for G and E: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], labels swapped, none
+    smoothed. It falls where Eq. 3 does, but is not its value. d_q, d_p: as in discriminator_loss."""
     loss_q = F.binary_cross_entropy_with_logits(d_q, torch.zeros_like(d_q))
     return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.ones_like(d_p))
 
@@ -213,7 +207,7 @@ def pseudo_huber(t):
 
 
 def penalty(reconstruction, original):
-    """Eq. 4: ||x - G(E(x))||, Eq. 6: ||z - E(G(z))||, Eq. 7: ||E(x) - E(G(E(x)))||, all by the pseudo-Huber loss of each
+    """Eq. 4: ||x - G(E(x))||, Eq. 6: ||z - E(G(z))||, Eq. 7: ||E(x) - E(G(E(x)))||, by the pseudo-Huber loss of each
     coordinate, averaged. Both [N, 3, S, S] or [N, Z]."""
     return pseudo_huber(original - reconstruction).mean()
 
@@ -279,10 +273,9 @@ def adam_group(D, optimizer):
     differentiable = torch.is_grad_enabled() and all(p.requires_grad for p in D.parameters())
     if type(optimizer) is not torch.optim.Adam or not groups or not differentiable:
         raise ValueError("unrolling needs a torch.optim.Adam with all of D in one group, none frozen, and gradients on")
-    (group,) = groups
-    if group["weight_decay"] or group["amsgrad"] or group["maximize"] or min(group["betas"]) <= 0:
+    if any(groups[0][name] for name in ("weight_decay", "amsgrad", "maximize")) or min(groups[0]["betas"]) <= 0:
         raise ValueError("unrolling needs an Adam without weight_decay, amsgrad and maximize, and with betas above 0")
-    return group
+    return groups[0]
 
 
 def adam_step(theta, gradient, m, v, t, group):
@@ -347,14 +340,9 @@ def record(step, inputs):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def percent(D, x, z):
-    """D's output for pairs of images x [N, 3, S, S] and latents z [N, Z], in percent: [N]."""
-    return 100 * D(x, z).sigmoid().squeeze(1)
-
-
-def two_digits(percents):
-    """A text for each of the percents [N], 99 at most."""
-    return [f"{min(p, 99):02.0f}" for p in percents.tolist()]
+def percents(D, x, z):
+    """D's output for each pair of images x [N, 3, S, S] and latents z [N, Z], in percent: N texts of two digits."""
+    return [f"{min(p, 99):02.0f}" for p in (100 * D(x, z).sigmoid()).flatten().tolist()]
 
 
 def save_interpolations(path, nets, x_1, x_2, columns=8):
@@ -370,13 +358,12 @@ def save_figures(nets, data, z, out, step):
     ..., of up to ten held-out images, both with D's output in percent, and figure_interpolations.png."""
     was_training = nets.training
     nets.eval()
-    D = nets["D"]
     z = z[:100]
     x = to_float(data.heldout[:10]).to(z.device)
     x_hat, z_hat = nets["G"](z), nets["E"](x)
     x_tilde = nets["G"](z_hat)
-    save_grid(out / f"samples_{step}.png", x_hat, captions=[two_digits(percent(D, x_hat, z))])
-    texts = [two_digits(percent(D, x, z_hat)), two_digits(percent(D, x_tilde, z_hat))]  # both with the code of x
+    save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])
+    texts = [percents(nets["D"], x, z_hat), percents(nets["D"], x_tilde, z_hat)]  # both with the code of x
     save_grid(out / f"reconstructions_{step}.png", x, x_tilde, columns=5, captions=texts)
     pairs = len(x) // 2
     save_interpolations(out / "figure_interpolations.png", nets, x[:pairs], x[pairs : 2 * pairs])
@@ -403,8 +390,8 @@ def measure(nets, data, z):
     z_hat = torch.cat([E(part) for part in x.split(250)])
     x_tilde = torch.cat([G(part) for part in z_hat.split(250)])
     z_tilde = torch.cat([E(part) for part in x_tilde.split(250)])
-    d_on_real = torch.cat([percent(D, *pair) for pair in zip(x.split(250), z_hat.split(250))])
-    d_on_reconstructions = torch.cat([percent(D, *pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
+    d_real = torch.cat([D(*pair) for pair in zip(x.split(250), z_hat.split(250))])
+    d_tilde = torch.cat([D(*pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
     x_hat = G(z)
     mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
     results = {
@@ -414,9 +401,9 @@ def measure(nets, data, z):
         "sharpness_of_halves": (edges(F.avg_pool2d(x_tilde, 2)) / edges(F.avg_pool2d(x, 2))).item(),
         "autodecoder_q": penalty(z_tilde, z_hat).item(),  # Eq. 7, L_AD'
         "latent_l1": F.l1_loss(E(x_hat), z).item(),
-        "d_on_real": d_on_real.mean().item(),
-        "d_on_reconstructions": d_on_reconstructions.mean().item(),
-        "d_on_samples": percent(D, x_hat, z).mean().item(),
+        "d_on_real": 100 * d_real.sigmoid().mean().item(),
+        "d_on_reconstructions": 100 * d_tilde.sigmoid().mean().item(),
+        "d_on_samples": 100 * D(x_hat, z).sigmoid().mean().item(),
         "sample_diversity": sample_diversity(x_hat, x[: len(z)]),
     }
     nets.train(was_training)
@@ -460,6 +447,7 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
+    parser.set_defaults(**EXPERIMENTS[args.experiment])
     path = Path(args.out, "checkpoint.pt")
     checkpoint = None
     if args.resume:
@@ -472,9 +460,9 @@ def parse_args(argv):
             fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
-    else:
-        parser.set_defaults(**EXPERIMENTS[args.experiment], **(QUICK if args.quick else {}))
-    args = parser.parse_args(argv)  # with the defaults of the run, or of --experiment and --quick
+    elif args.quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -527,8 +515,9 @@ def main(argv=None):
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
-    row = args.experiment if weights == EXPERIMENTS[args.experiment] else "BiGAN"
-    print(f"{row}, {weights}, on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
+    row = f"{args.experiment}: " if weights == EXPERIMENTS[args.experiment] else ""
+    lambdas = ", ".join(f"{name} {value:g}" for name, value in weights.items())
+    print(f"{row}{lambdas} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
     step_function = partial(train_step, nets, optimizer, H, weights, args.unroll)

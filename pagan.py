@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
+# ///
 """Pairwise augmented GANs with adversarial reconstruction loss (Alanov, Kochurov, Yashkov, Vetrov, 2018).
 
 https://arxiv.org/abs/1810.04920, of which the slides of 5 December 2018 are implemented
@@ -12,11 +16,12 @@ matches G's samples to the images, and D(z) E's latents to the prior.
     python pagan.py --data cifar10 --reconstruction l1 --classifier inception --out runs/l1    # an ablation
 
 slides -> code
-    Algorithm 1                x, z, x_aug: draw_batch; z_hat ~ q(z|x), x_pr = G(z), x_rec = G(z_hat): pagan_losses;
+    Algorithm 1                x, z, x_aug: make_inputs; z_hat ~ q(z|x), x_pr = G(z), x_rec = G(z_hat): pagan_losses;
                                theta of G, phi of E, psi of D_x, zeta of D_z, tau of D_xx: train_step
     PAGAN Diagram              Generator, Encoder, ImageDiscriminator (D_x of x, D_xx of x, y), LatentDiscriminator
-    Discriminator on Pairs     D_xx: L_d_xx in pagan_losses
-    Matching Encoder to Prior  D_z: L_d_z, L_e in pagan_losses
+    GAN                        D_x: L_d_x, and the first term of L_g, in pagan_losses
+    Discriminator on Pairs     D_xx: L_d_xx, and the second terms of L_g and L_e, in pagan_losses
+    Matching Encoder to Prior  D_z: L_d_z, and the first term of L_e, in pagan_losses
     Conditional Distributions  q(z|x): reparameterise; r(y|x): AUGMENTATIONS
     Augmentation Function      blur, contrast, crop; figure: save_figures
     Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1
@@ -26,18 +31,18 @@ slides -> code
     Ablation, Augmentation     --reconstruction l1, --augmentation none; --augmentation, --crop
 
 Rulings, where the slides are silent or disagree with themselves
-    - Networks and settings are ours. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage
-      less or more for 16x16 and 64x64; D_xx takes both images as six channels. E mirrors G and gives a diagonal
-      Gaussian; D_z has two hidden layers. 128 latents from N(0, I), 64 images, Adam's 2e-4, 0.5, 0.999; 100,000 steps.
-    - Crop: padded by its own reflection, by 0.1 of the side, the slides' best by IS and FID, in whole pixels. Blur and
-      contrast: BLUR and CONTRAST, below. Which network judges is not said: --classifier.
+    - They name no networks. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage less or
+      more for 16x16 and 64x64. That table has no norm after G's dense layer; DCGAN has one, and so have we.
+    - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
+    - They name no settings. We take 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
+    - PAGAN-L1, PAGAN-NOAUG and AUG are not defined. We read: L1 for D_xx; a(x) = x; a(x) for G(E(x)).
+    - Crop pads by reflection, by 0.1 of the side, the slides' best by IS and FID, in whole pixels.
+    - Blur and contrast have no strengths there: BLUR, CONTRAST, below. Which network judges is not said: --classifier.
     - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
 Departures
+    - The slides' D is in [0, 1]; ours gives logits. Their p(x|z) is a distribution; ours is the point G(z).
     - L1 and L2 are means over pixels, not squared norms as printed; PAGAN-L1's has a weight of 10.
-    - The five updates are Adam's, not plain gradient steps. x_pr and x_rec go through G together, so that one batch
-      normalisation serves both.
-    - Default data are drawn faces. A tenth is held out, and pictures and results show only that, but for the Inception
-      score of real images. --quick crops by 0.06, one pixel, and has 1.5 times the learning rate.
+    - The five updates are Adam's, not plain gradient steps. x_pr and x_rec share one batch normalisation in G.
 """
 
 import json
@@ -46,7 +51,6 @@ import sys
 import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,22 +58,26 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import draw_images, load_data, place_images, save_grid, to_float
-
 NAME = "pagan"
-IMAGE_SIZES = (16, 32, 64)
+IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, in sides of the image
 CONTRAST = (0.5, 1.5)  # least and greatest factor
-FREE = ("steps", "log_every", "save_every", "classifier", "samples")  # what --resume may change
-FILE = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
-QUICK = {"image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2200, "lr": 3e-4}
-QUICK |= {"save_every": 1000}
+EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
+WEIGHTS = ("lr", "crop", "l1_weight")  # at least 0
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
+INCEPTION = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
+QUICK = {
+    "image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2200, "lr": 3e-4,
+    "save_every": 1000,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -77,9 +85,7 @@ QUICK |= {"save_every": 1000}
 
 def conv_widths(image_size, channels):
     """Channels of the stages from S to 8x8, and of the 4x4 map: c, 2c, 4c, 8c where S = 32."""
-    if image_size not in IMAGE_SIZES:
-        raise ValueError(f"image_size {image_size}: must be one of {IMAGE_SIZES}")
-    return [channels * 2**i for i in range(image_size.bit_length() - 2)]
+    return [channels * 2**i for i in range(IMAGE_SIZES[image_size] + 1)]
 
 
 class Generator(nn.Sequential):
@@ -87,7 +93,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, image_size, channels, latent_dim):
         widths = conv_widths(image_size, channels)[::-1]
-        layers = [nn.Linear(latent_dim, 16 * widths[0]), nn.Unflatten(1, (widths[0], 4, 4))]
+        layers = [nn.Linear(latent_dim, widths[0] * 4 * 4), nn.Unflatten(1, (widths[0], 4, 4))]
         layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [nn.ConvTranspose2d(c_in, c_out, 4, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
@@ -102,7 +108,7 @@ class Encoder(nn.Sequential):
         layers = [nn.Conv2d(3, channels, 3, 1, 1), nn.BatchNorm2d(channels), nn.LeakyReLU(LEAK)]
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [nn.Conv2d(c_in, c_out, 4, 2, 1), nn.BatchNorm2d(c_out), nn.LeakyReLU(LEAK)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(16 * widths[-1], 2 * latent_dim))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, 2 * latent_dim))
 
 
 class ImageDiscriminator(nn.Sequential):
@@ -114,7 +120,7 @@ class ImageDiscriminator(nn.Sequential):
         for c, c_next in zip(widths, widths[1:]):
             layers += [spectral_norm(nn.Conv2d(c, c, 4, 2, 1)), nn.LeakyReLU(LEAK)]
             layers += [spectral_norm(nn.Conv2d(c, c_next, 3, 1, 1)), nn.LeakyReLU(LEAK)]
-        super().__init__(*layers, nn.Flatten(), spectral_norm(nn.Linear(16 * widths[-1], 1)))
+        super().__init__(*layers, nn.Flatten(), spectral_norm(nn.Linear(widths[-1] * 4 * 4, 1)))
 
     def forward(self, *images):
         return super().forward(torch.cat(images, dim=1))
@@ -129,7 +135,9 @@ class LatentDiscriminator(nn.Sequential):
 
 
 def build_networks(reconstruction, image_size, channels, latent_dim):
-    """G, E, D_x, D_z and, for "pair", not for "l1", D_xx, in training mode. ValueError for a size they cannot have."""
+    """G, E, D_x, D_z and, for "pair", not for "l1", D_xx, in training mode."""
+    if reconstruction not in LOSSES or image_size not in IMAGE_SIZES:
+        raise ValueError(f"{reconstruction}, size {image_size}: there are {list(LOSSES)} and {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
     nets["D_x"] = ImageDiscriminator(image_size, channels, images=1)
@@ -143,28 +151,32 @@ def build_networks(reconstruction, image_size, channels, latent_dim):
 
 
 def crop(x, u, p):
-    """Pad + crop: images padded with their reflection by p of their side, and S pixels of that from a random place.
+    """Pad + crop: images padded with their reflection by p of their side, and S x S pixels of that from a random place.
 
-    x: [N, 3, S, S]. u: [N, 2] in [0, 1), where to cut, down and across. Returns [N, 3, S, S].
+    x: [N, 3, S, S]; ValueError if not square. u: [N, 2] in [0, 1), where to cut, down and across. Returns [N, 3, S, S].
     """
-    size, pad = x.shape[-1], round(p * x.shape[-1])
-    offsets = (u * (2 * pad + 1)).long()
-    rows, columns = (offsets[:, :, None] + torch.arange(size, device=x.device)).unbind(1)  # (N, S) each
-    i = torch.arange(len(x), device=x.device)[:, None, None]
-    padded = F.pad(x, (pad, pad, pad, pad), mode="reflect").movedim(1, -1)
-    return padded[i, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+    size = x.shape[-1]
+    if x.shape[-2] != size:
+        raise ValueError(f"images [N, 3, {x.shape[-2]}, {size}]: they must be square")
+    pad = round(p * size)
+    offsets = (u * (2 * pad + 1)).long()  # from 0 to twice the padding
+    pixels = offsets[:, :, None] + torch.arange(size, device=x.device)  # (N, 2, S): the rows and the columns to keep
+    rows = pixels[:, 0, None, :, None].expand(-1, 3, -1, size + 2 * pad)
+    columns = pixels[:, 1, None, None, :].expand(-1, 3, size, -1)
+    return F.pad(x, (pad, pad, pad, pad), mode="reflect").gather(2, rows).gather(3, columns)
 
 
 def blur(x, u, p=None):
     """Gaussian blur. x: [N, 3, S, S]. u: [N, 2] in [0, 1), the first for the standard deviation. [N, 3, S, S]."""
     count, channels, size, _ = x.shape
+    sigma = size * (BLUR[0] + (BLUR[1] - BLUR[0]) * u[:, :1])  # (N, 1)
     radius = math.ceil(3 * BLUR[1] * size)
-    sigma = size * (BLUR[0] + (BLUR[1] - BLUR[0]) * u[:, :1])
-    kernels = (-((torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2) / 2).softmax(dim=1)  # (N, 2r + 1)
-    kernels = kernels.repeat_interleave(channels, 0)[:, None, None]  # (3N, 1, 1, 2r + 1)
+    distance = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = (-((distance / sigma) ** 2) / 2).softmax(dim=1)  # (N, 2r + 1): one image's, across and down
+    kernels = kernel.repeat_interleave(channels, 0)[:, None, None]  # (3N, 1, 1, 2r + 1): one a colour of an image
     planes = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, 3N, S + 2r, S + 2r)
-    planes = F.conv2d(planes, kernels, groups=count * channels)
-    return F.conv2d(planes, kernels.mT, groups=count * channels).view_as(x)
+    across = F.conv2d(planes, kernels, groups=count * channels)  # each plane by its own kernel
+    return F.conv2d(across, kernels.mT, groups=count * channels).view_as(x)
 
 
 def contrast(x, u, p=None):
@@ -186,37 +198,45 @@ def reparameterise(mean, log_variance, epsilon):
 
 
 def minus_log(d):
-    """-mean log D of D's logits d [N, 1]; of -d it is -mean log(1 - D)."""
+    """-mean log D, of D's logits d [N, 1]."""
     return F.softplus(-d).mean()
+
+
+def minus_log_not(d):
+    """-mean log(1 - D), of D's logits d [N, 1]."""
+    return F.softplus(d).mean()
 
 
 def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight=None):
     """PAGAN, Algorithm 1: images x and x_aug ~ r(y|x) [N, 3, S, S] in [-1, 1], z [M, Z], epsilon [N, Z] ~ N(0, I).
 
-    Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise.
+    Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise. l1_weight: not used.
     """
     # What goes through a network goes at once, for speed; so x_pr and x_rec share G's batch normalisation.
-    z_hat = reparameterise(*nets["E"](x).chunk(2, dim=1), epsilon)
+    mean, log_variance = nets["E"](x).chunk(2, dim=1)
+    z_hat = reparameterise(mean, log_variance, epsilon)
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
     d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
     d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
     d_xx_aug, d_xx_rec = nets["D_xx"](torch.cat([x, x]), torch.cat([x_aug, x_rec])).split([len(x), len(x)])
-    L_d_x = minus_log(d_x) + minus_log(-d_x_pr)
-    L_d_z = minus_log(d_z) + minus_log(-d_z_hat)
-    L_d_xx = minus_log(d_xx_aug) + minus_log(-d_xx_rec)
+    L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
+    L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
+    L_d_xx = minus_log(d_xx_aug) + minus_log_not(d_xx_rec)
     L_g = minus_log(d_x_pr) + minus_log(d_xx_rec)
     L_e = minus_log(d_z_hat) + minus_log(d_xx_rec)
     return {"L_d_x": L_d_x, "L_d_z": L_d_z, "L_d_xx": L_d_xx, "L_g": L_g, "L_e": L_e}
 
 
 def pagan_l1_losses(nets, x, x_aug, z, epsilon, l1_weight):
-    """PAGAN-L1 of the ablation study: l1_weight |x - x_rec|_1 for -log D(x, x_rec). Otherwise as pagan_losses."""
-    z_hat = reparameterise(*nets["E"](x).chunk(2, dim=1), epsilon)
+    """PAGAN-L1 of the ablation study: l1_weight |x - x_rec|_1 for -log D(x, x_rec), so x_aug is not used. Otherwise as
+    pagan_losses."""
+    mean, log_variance = nets["E"](x).chunk(2, dim=1)
+    z_hat = reparameterise(mean, log_variance, epsilon)
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
     d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
     d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
-    L_d_x = minus_log(d_x) + minus_log(-d_x_pr)
-    L_d_z = minus_log(d_z) + minus_log(-d_z_hat)
+    L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
+    L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
     L1 = F.l1_loss(x_rec, x)
     L_g = minus_log(d_x_pr) + l1_weight * L1
     L_e = minus_log(d_z_hat) + l1_weight * L1
@@ -234,36 +254,48 @@ def build_optimizer(nets, lr):
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
-def draw_batch(images, latent_dim, augmentation, p):
-    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; a(x); z and epsilon ~ N(0, I): [N, Z]."""
+def make_inputs(images, latent_dim, augmentation, p):
+    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; x_aug = a(x); z and epsilon ~ N(0, I): [N, Z]."""
     x = to_float(images)
     x_aug = AUGMENTATIONS[augmentation](x, torch.rand(len(x), 2, device=x.device), p)
-    return x, x_aug, *torch.randn(2, len(x), latent_dim, device=x.device)
+    z, epsilon = torch.randn(2, len(x), latent_dim, device=x.device)
+    return x, x_aug, z, epsilon
+
+
+def trainable(optimizer, *networks):
+    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in updated for p in parameters):
+        raise ValueError("the optimizer does not have all parameters of the networks")
+    return parameters
 
 
 def train_step(nets, optimizer, reconstruction, l1_weight, x, x_aug, z, epsilon):
-    """One update of every network, all at the same point. Returns the losses before it, detached: see pagan_losses."""
+    """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[reconstruction](nets, x, x_aug, z, epsilon, l1_weight)
     optimizer.zero_grad()
-    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
-    losses["L_d_x"].backward(inputs=list(nets["D_x"].parameters()), retain_graph=True)  # psi
-    losses["L_d_z"].backward(inputs=list(nets["D_z"].parameters()), retain_graph=True)  # zeta
+    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    losses["L_d_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # psi
+    losses["L_d_z"].backward(inputs=trainable(optimizer, nets["D_z"]), retain_graph=True)  # zeta
     if "D_xx" in nets:
-        losses["L_d_xx"].backward(inputs=list(nets["D_xx"].parameters()), retain_graph=True)  # tau
-    losses["L_g"].backward(inputs=list(nets["G"].parameters()), retain_graph=True)  # theta
-    losses["L_e"].backward(inputs=list(nets["E"].parameters()))  # phi
+        losses["L_d_xx"].backward(inputs=trainable(optimizer, nets["D_xx"]), retain_graph=True)  # tau
+    losses["L_g"].backward(inputs=trainable(optimizer, nets["G"]), retain_graph=True)  # theta
+    losses["L_e"].backward(inputs=trainable(optimizer, nets["E"]))  # phi
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(step, batch):
-    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
-    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
-    with torch.cuda.graph(graph):
-        losses = step(*batch)
+def record(step, inputs):
+    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
+    values, so read these before the next one."""
+    inputs = [tensor.clone() for tensor in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        losses = step(*inputs)
 
-    def replay(*new_batch):
-        torch._foreach_copy_(batch, new_batch)
+    def replay(*new_inputs):
+        torch._foreach_copy_(inputs, new_inputs)
         graph.replay()
         return losses
 
@@ -273,26 +305,32 @@ def record(step, batch):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
+def reconstruct(nets, x):
+    """G of the mean of q(z|x): images x [N, 3, S, S] in [-1, 1] -> [N, 3, S, S]."""
+    mean, log_variance = nets["E"](x).chunk(2, dim=1)
+    return nets["G"](mean)
+
+
 @torch.no_grad()
-def save_figures(nets, data, z, out, step, p, last=True):
+def save_figures(nets, data, z, out, step, p):
     """samples_<step>.png, of 100 of the latents z [N, Z], reconstructions_<step>.png, of up to 40 held-out images, and
-    if last figure_augmentations.png, original, blur, contrast and crop by p."""
+    figure_augmentations.png, original, blur, contrast and crop by p."""
+    was_training = nets.training
     nets.eval()
-    x = to_float(data.heldout[:40].to(z.device))
+    x = to_float(data.heldout[:40]).to(z.device)
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
-    save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x).chunk(2, dim=1)[0]), columns=5)
-    if last:
-        x, u = x[:10], torch.rand(len(x[:10]), 2, generator=torch.Generator().manual_seed(0)).to(z.device)
-        captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]
-        augmented = blur(x, u), contrast(x, u), crop(x, u, p)
-        save_grid(out / "figure_augmentations.png", x, *augmented, columns=2, captions=captions)
-    nets.train()
+    save_grid(out / f"reconstructions_{step}.png", x, reconstruct(nets, x), columns=5)
+    few = x[:10]
+    u = torch.rand(len(few), 2, generator=torch.Generator().manual_seed(0)).to(z.device)
+    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]
+    augmented = blur(few, u), contrast(few, u), crop(few, u, p)
+    save_grid(out / "figure_augmentations.png", few, *augmented, columns=2, captions=captions)
+    nets.train(was_training)
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, [N, 3, S, S]: 0 in total collapse, None if all images are one."""
-    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
-    return a / b if b > 0 else None
+    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
 def reconstruction_inception_dissimilarity(log_p_x, log_p_rec):
@@ -330,14 +368,19 @@ def frechet_inception_distance(features_a, features_b):
 def load_classifier(name, image_size, device):
     """p(y|x) by --classifier, None for none: images [N, 3, S, S] in [-1, 1] -> logits [N, C] and features [N, F].
 
-    inception: torchvision's Inception v3, from its cache or fetched by it; a file: TorchScript. Raises what they raise
-    where there is neither, and ValueError where the file's answers are no such tensors.
+    inception: torchvision's Inception v3, from its cache or fetched by it; OSError if neither can be. Another name: a
+    TorchScript file; DataError if it is none, or does not give such tensors.
     """
     if name == "none":
         return None
     if name == "inception":
-        net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False).eval().to(device)
-        to_logits, net.fc = net.fc, nn.Identity()
+        try:
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False).eval().to(device)
+        except OSError as error:
+            advice = f"put {INCEPTION} into {torch.hub.get_dir()}/checkpoints"
+            raise OSError(f"--classifier inception cannot be fetched ({error}): {advice}") from error
+        to_logits = net.fc
+        net.fc = nn.Identity()  # so that the network gives its features
 
         def classify(x):
             """Logits [N, 1000] and features [N, 2048]."""
@@ -345,52 +388,73 @@ def load_classifier(name, image_size, device):
             return to_logits(features), features
 
         return classify
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
-        classifier = torch.jit.load(name, map_location=device).eval()
-    answers = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
-    if [(2, 2)] * 2 != [(len(a), a.ndim) for a in answers] or answers[1].shape[1] == 1:
-        raise ValueError(f"it does not take images [N, 3, {image_size}, {image_size}] to (logits, features)")
+    problem = f"--classifier {name} is not TorchScript of images of {image_size} pixels to logits and features"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+            classifier = torch.jit.load(name, map_location=device).eval()
+        logits, features = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{problem}: {error}") from error
+    if logits.ndim != 2 or features.ndim != 2 or features.shape[1] == 1:
+        raise DataError(problem)
     return classifier
 
 
 @torch.no_grad()
-def measure(nets, data, z, augmentation, p, classifier=None, count=0):
-    """The figures of merit, on held-out images and latents z [N, Z]; some only with a classifier.
-
-    augmentation, p: those of the AUG row; l1_of_crop and l2_of_crop are of crop with p in any case. classifier: see
-    load_classifier; count: how many samples it judges, and at most how many images to train on.
-    """
+def measure(nets, data, z, p):
+    """The figures of merit, of up to 1,000 held-out images and latents z [N, Z], and the table of drawbacks, by p."""
+    was_training = nets.training
     nets.eval()
-    G, device, rng = nets["G"], z.device, torch.Generator().manual_seed(1)
-    mean_image = to_float(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(device)
-    l1, l2, answers = defaultdict(float), defaultdict(float), defaultdict(list)
-    for x in map(to_float, data.heldout.to(device).split(100)):
-        u, share = torch.rand(len(x), 2, generator=rng).to(device), len(x) / len(data.heldout)
-        x_rec = G(nets["E"](x).chunk(2, dim=1)[0])
-        images = {"x": x, "rec": x_rec, "aug": AUGMENTATIONS[augmentation](x, u, p)}
-        for name in images if classifier else ():
-            answers[name].append(classifier(images[name]))
-        images |= {"blur": blur(x, u), "crop": crop(x, u, p), "mean_image": mean_image.expand_as(x)}
-        for name, y in images.items():
-            l1[name] += share * F.l1_loss(y, x).item()
-            l2[name] += share * F.mse_loss(y, x).item()
-    results = {"heldout_l1": l1["rec"], "heldout_l1_of_mean_image": l1["mean_image"]}
-    results |= {f"l1_of_{name}": l1[name] for name in ("blur", "crop")}
-    results |= {f"l2_of_{name}": l2[name] for name in ("blur", "crop")}
-    results |= {"rmse_255": 127.5 * l2["rec"] ** 0.5, "rmse_255_of_augmentation": 127.5 * l2["aug"] ** 0.5}
-    results["sample_diversity"] = sample_diversity(G(z), to_float(data.heldout[: len(z)].to(device)))
-    if classifier:
-        noise = torch.randn(count, z.shape[1], generator=rng)
-        answers["pr"] = [classifier(G(part.to(device))) for part in noise.split(100)]
-        answers["train"] = [classifier(to_float(part.to(device))) for part in data.train[:count].split(100)]
-        log_p = {name: torch.cat([part[0] for part in parts]).log_softmax(dim=1) for name, parts in answers.items()}
-        features = {name: torch.cat([part[1] for part in parts]) for name, parts in answers.items()}
-        results["fid"] = frechet_inception_distance(features["x"], features["pr"])
-        results["inception_score"], results["inception_score_std"] = inception_score(log_p["pr"].exp())
-        results["inception_score_of_real"], _ = inception_score(log_p["train"].exp())
-        results["rid"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["rec"])
-        results["rid_of_augmentation"] = reconstruction_inception_dissimilarity(log_p["x"], log_p["aug"])
+    x = to_float(data.heldout[:1000]).to(z.device)
+    x_rec = torch.cat([reconstruct(nets, part) for part in x.split(100)])
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+    u = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
+    results = {"sample_diversity": sample_diversity(nets["G"](z), x[: len(z)])}
+    results["heldout_l1"] = F.l1_loss(x_rec, x).item()
+    results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
+    results["rmse_255"] = 127.5 * F.mse_loss(x_rec, x).sqrt().item()
+    for name, changed in {"blur": blur(x, u), "crop": crop(x, u, p)}.items():
+        results[f"l1_of_{name}"] = F.l1_loss(changed, x).item()
+        results[f"l2_of_{name}"] = F.mse_loss(changed, x).item()
+    nets.train(was_training)
+    return results
+
+
+def judge(classifier, batches):
+    """Log-probabilities [N, C] and features [N, F] of all images of the batches [n, 3, S, S]."""
+    logits, features = zip(*(classifier(batch) for batch in batches))
+    return torch.cat(logits).log_softmax(dim=1), torch.cat(features)
+
+
+@torch.no_grad()
+def measure_with_classifier(nets, data, z, augmentation, p, classifier, count):
+    """IS, FID and RID of up to count held-out, training and generated images, by load_classifier's network.
+
+    augmentation, p: a(x) of the row AUG. Controls: real images for samples, a(x) and the mean image for G(E(x)).
+    """
+    was_training = nets.training
+    nets.eval()
+    x = [to_float(part).to(z.device) for part in data.heldout[:count].split(100)]
+    x_train = (to_float(part).to(z.device) for part in data.train[:count].split(100))
+    noise = torch.randn(count, z.shape[1], generator=torch.Generator().manual_seed(1)).to(z.device)
+    u = torch.rand(count, 2, generator=torch.Generator().manual_seed(1)).to(z.device)
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+    log_p, features = judge(classifier, x)
+    log_p_pr, features_pr = judge(classifier, (nets["G"](part) for part in noise.split(100)))
+    log_p_train, features_train = judge(classifier, x_train)
+    log_p_rec, _ = judge(classifier, (reconstruct(nets, part) for part in x))
+    log_p_aug, _ = judge(classifier, (AUGMENTATIONS[augmentation](*pair, p) for pair in zip(x, u.split(100))))
+    log_p_mean, _ = judge(classifier, (mean_image.expand_as(part) for part in x))
+    nets.train(was_training)
+    score, deviation = inception_score(log_p_pr.exp())
+    score_of_real, _ = inception_score(log_p_train.exp())
+    results = {"inception_score": score, "inception_score_std": deviation, "inception_score_of_real": score_of_real}
+    results["fid"] = frechet_inception_distance(features, features_pr)
+    results["fid_of_real"] = frechet_inception_distance(features, features_train)
+    results["rid"] = reconstruction_inception_dissimilarity(log_p, log_p_rec)
+    results["rid_of_augmentation"] = reconstruction_inception_dissimilarity(log_p, log_p_aug)
+    results["rid_of_mean_image"] = reconstruction_inception_dissimilarity(log_p, log_p_mean)
     return results
 
 
@@ -398,18 +462,19 @@ def measure(nets, data, z, augmentation, p, classifier=None, count=0):
 
 
 def fail(message, status=2):
-    """End the program with one line, the message's first, on the standard error."""
-    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
+    """End the program with one line on the standard error."""
+    print(f"{NAME}.py: error: {message.splitlines()[0]}", file=sys.stderr)
     sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.error, add = fail, parser.add_argument
+    parser.error = fail
+    add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
-    augmentations = "a(x), for the pair loss; none: PAGAN-NOAUG of the ablation study"
+    augmentations = "a(x); none: PAGAN-NOAUG; with --reconstruction l1 only for the row AUG"
     add("--augmentation", choices=AUGMENTATIONS, default="crop", help=augmentations)
     add("--crop", type=float, default=0.1, help="padding in sides of the image; the slides try 0, 0.05, 0.1, 0.15, 0.2")
     add("--l1-weight", type=float, default=10.0, help="of the L1 loss of PAGAN-L1")
@@ -432,105 +497,121 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
-    args, checkpoint = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
     path = Path(args.out, "checkpoint.pt")
+    checkpoint = None
     if args.resume:
+        if not path.exists():
+            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or leave out --resume")
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        least = {int: 10 if name == "samples" else 0 if name == "seed" else 1, float: 0}.get(type(value))
-        if least is not None and not least <= value <= 1e12:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
+    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    for name in COUNTS + WEIGHTS:
+        least = 1 if name in COUNTS else 0
+        if not least <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
-        fail(f"--crop cannot be {args.crop}: it must be 0, or from more than half a pixel to half of the side")
-    for name, value in checkpoint[NAME].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in FREE:
-            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if checkpoint and args.steps < checkpoint["step"]:
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+        fail(f"--crop {args.crop}: must be 0, or from more than half a pixel to half of the side")
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def restore(checkpoint, args, data, nets, optimizer):
+    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    for name, value in checkpoint[NAME].items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
+    if args.steps < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+    if checkpoint["images"] != data.checksum:
+        fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
+    nets.load_state_dict(checkpoint["networks"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    cpu_state, *cuda_states = checkpoint["random"]
+    torch.set_rng_state(cpu_state)
+    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, option = Path(args.out), f"--device {args.device}" + " with --graph" * args.graph
+    out = Path(args.out)
     try:
-        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
         if args.graph:
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-        option = f"--data {args.data}"
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    try:
         data = load_data(args.data, args.image_size, args.batch_size)
-        option = f"--classifier {args.classifier}"
-        option += f", without {FILE} in {torch.hub.get_dir()}/checkpoints," if args.classifier == "inception" else ""
         classifier = load_classifier(args.classifier, args.image_size, device)
-        option = f"--out {out}"
         out.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # of many kinds
-        fail(f"{option} cannot be used: {error}")
+    except (DataError, OSError) as error:  # which name the file or folder
+        fail(str(error))
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.reconstruction, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "graph")}
-    begin, log = 0, ""
-    if checkpoint:
-        begin, log = checkpoint["step"], checkpoint["log"]
-        nets.load_state_dict(checkpoint["networks"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"][0])
-        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
-    kind = f"{args.reconstruction}, {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels),"
+    run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
+    model = f"pair, {args.augmentation}" if args.reconstruction == "pair" else "l1"
+    kind = f"{model} (crop: {round(args.crop * args.image_size)} pixels)"
     print(f"{kind} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
-    step_on = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
+    step_function = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
         drawn = draw_images(images, args.batch_size, device)
-        batch = draw_batch(drawn, args.latent_dim, args.augmentation, args.crop)
-        if args.graph and step == begin + 4:
-            step_on = record(step_on, batch)
-        losses = step_on(*batch)
+        inputs = make_inputs(drawn, args.latent_dim, args.augmentation, args.crop)
+        if args.graph and step == begin + EAGER_STEPS + 1:
+            step_function = record(step_function, inputs)
+        losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
-        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+        if not (save_due or step % args.log_every == 0 or step == 1):
             continue
-        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
-        for name in (name for name, value in values.items() if not math.isfinite(value)):
-            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
+        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+            fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        values = {name: loss.item() for name, loss in losses.items()}
+        log = log or ",".join(["step", *values]) + "\n"
+        log += ",".join(map(str, [step, *values.values()])) + "\n"
+        (out / "log.csv").write_text(log)
         rate = (step - begin) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
-        if step == 1 and left > timedelta(hours=1):
+        if step == 1 and device.type == "cpu" and left > timedelta(hours=1):
             print("This is long for a CPU: --quick takes three minutes", flush=True)
-        log = log or ",".join(("step", *values)) + "\n"
-        log += ",".join(map(str, (step, *values.values()))) + "\n"
-        (out / "log.csv").write_text(log)
         if save_due:
-            save_figures(nets, data, z_shown, out, step, args.crop, last=False)
-            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            torch.save(state, out / "checkpoint.tmp")
+            save_figures(nets, data, z_shown, out, step, args.crop)
+            state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
+            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    save_figures(nets, data, z_shown, out, args.steps, args.crop)
-    results = measure(nets, data, z_shown, args.augmentation, args.crop, classifier, args.samples)
-    results |= {"steps": args.steps, "config": config}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if begin == args.steps:  # a finished run: its figures are made again
+        save_figures(nets, data, z_shown, out, begin, args.crop)
+    results = measure(nets, data, z_shown, args.crop)
+    if classifier:
+        judged = nets, data, z_shown, args.augmentation, args.crop, classifier, args.samples
+        results |= measure_with_classifier(*judged)
     for name, value in results.items():
-        if isinstance(value, float):
-            print(f"{name:26}{value:10.3f}")
+        print(f"{name:26}{value:10.3f}")
+    results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
