@@ -29,22 +29,22 @@ paper -> code
     Section 5    mode collapse; who fools D             sample_diversity; measure: d_on_reconstructions, ...
 
 Rulings, where the paper is silent or contradicts itself
-    - Section 3 calls G's distribution p(x|z), then q(x|z), and E's q(z|x), then p(z|x). We use the former: p draws z.
-    - The text of Figures 1-3 names kinds of layers alone; widths and kernels are soumith/dcgan.torch's, since Section 5
-      bases G on DCGAN. D has E's convolutions for x, 8c = 512 units for z, then 2c = 128, with dropout, for both.
-    - Decay 0.97 and dropout 0.8 are TensorFlow's: momentum 0.03 and a probability of 0.2 in torch.
-    - D normalises the batches (x, E(x)) and (G(z), z) each by itself, in training.
-    - Pictures and results use batch norm's running averages. G(z) and E(x) move those of G and E; G(E(x)) and E(G(z))
-      do, too, where their penalty has a weight. So G's are of z alone in EX7, and of z and E(x) in EX8.
+    - Section 3 prints p(x|z) for G and q(z|x) for E, then q(x|z) and p(z|x). We use the former, since p draws z first.
+    - The text of Figures 1-3 names kinds of layers alone. Widths and kernels are those of soumith/dcgan.torch, since
+      Section 5 bases G on DCGAN. D's dense layers are ours: of z 8c = 512 units, of both 2c = 128, with dropout.
+    - Decay 0.97 and dropout 0.8 are in TensorFlow's terms: in torch's momentum 0.03 and a probability of 0.2.
+    - In training D normalises the batches (x, E(x)) and (G(z), z) each by itself.
+    - Pictures and results use running averages. Those of G are moved by G(z), and by G(E(x)) where lambda_2 or lambda_3
+      is not 0, as in EX8, but not in EX7; those of E by E(x), and by E(G(z)) where lambda_1 is not 0.
     - The pseudo-Huber of Eq. 4, 6 and 7 is that of each coordinate, averaged, since Section 4 wants each dimension of z
       reconstructed. In Eq. 5 it is that of the norm, since H has 9,216 coordinates and length 1.
-    - H's layer is "pool 15" in Section 4, pool5 in Section 5. We use the latter, of torchvision's AlexNet of 2014.
+    - Section 4 prints "pool 15" for H, Section 5 pool5. We use the latter, of torchvision's AlexNet, which is of 2014.
     - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from its
-      weights and moments, through which they have gradients; labels as in its own step, which is the first of these.
+      weights and moments, and have gradients through these steps. The first of them is the one that D takes.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
 Departures
-    - Eq. 3 lets G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). They minimise what BiGAN's code does, with
-      swapped labels: generator_loss. So the logged L_GAN is not Eq. 3's. (Metz et al. let G minimise Eq. 3's.)
+    - Eq. 3 lets G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). They minimise generator_loss, with swapped
+      labels, as in BiGAN's code. So the logged L_GAN is not Eq. 3's value, which Metz et al. let G minimise.
     - Footnote 1's variance of E is --stochastic-encoder here. Then L_AD and D see samples of E; results show its mean.
 """
 
@@ -195,7 +195,7 @@ def discriminator_loss(d_q, d_p):
 
 
 def generator_loss(d_q, d_p):
-    """Instead of Eq. 1, Eq. 2, Eq. 3, for G and E: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], labels swapped, none
+    """Instead of Eq. 1, Eq. 2, Eq. 3, for G and E: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], labels swapped, not
     smoothed. It falls where Eq. 3 does, but is not its value. d_q, d_p: as in discriminator_loss."""
     loss_q = F.binary_cross_entropy_with_logits(d_q, torch.zeros_like(d_q))
     return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.ones_like(d_p))

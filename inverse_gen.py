@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
+# ///
 """Learning inverse mapping by autoencoder based generative adversarial nets (Luo, Xu, Tang, Lv, 2017).
 
 https://arxiv.org/abs/1703.10094
@@ -29,21 +33,23 @@ paper -> code
     Figure 5     blurred images restored              save_figures; measure_inversion: deblur_l1_after
 
 Rulings, where the paper is silent or contradicts itself
-    - The text's strides (1, 2, 2, 1) cannot lead from 4x4 to 64x64: Table 3's four times 2 do. "Equation (4)" in
-      Algorithm 1 means Eq. 5; its IG(G(x)) is IG(G(z)). 16x16 and 32x32 images leave out the widest layers.
+    - "Equation (4)" in Algorithm 1 means Eq. 5; its IG(G(x)) is IG(G(z)).
+    - Table 3 is of 64x64 images. 16x16 and 32x32 leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - Initial weights and leaky ReLU are DCGAN's. Both stages take 50,000 steps; the BiGAN and search have one.
-    - Eq. 3, without labels as in Section 4.1, and 5 are means over dimensions or pixels. Eq. 8 prints a plain gradient
-      step, the Appendix has Adam. Eq. 2, which is not measured in the paper, starts from z = 0, kept in [-1, 1].
+    - Initial weights and leaky ReLU are DCGAN's.
+    - The steps are not said: 50,000 for each of the two stages. The BiGAN and search have one stage.
+    - Eq. 3 has labels, Section 4.1 has none: none. Eq. 3 and 5 are means over dimensions or pixels.
+    - Eq. 8 prints a plain gradient step, the Appendix has Adam: Adam.
+    - Eq. 2 has no start, rate or end. We start from z = 0, keep z in [-1, 1]: --search-rate, --search-steps.
     - dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, compared by intersection.
     - Figure 3 has 16 queries, four images changed in four ways; Figure 4 has 64. Both, and Tables 1 and 2, are scored
       on up to 256 images; where several are nearest, each has its share.
+    - Figure 5 names no blur: 1/16 of the side.
 Departures
-    - G minimises -log D(G(z)), as DCGAN does; G and IG of the BiGAN have labels swapped, as in BiGAN's code.
-    - D and G step at once (in DCGAN D first); D(x) and D(G(z)) are normalised each by its own batch, as there. The two
-      kinds of pairs of the BiGAN are normalised by one, or samples collapse.
-    - Default data are drawn faces. A tenth is held out; nine tenths, in random order, train, and the first --gallery of
-      them are the gallery, which Figure 3's queries are from. Differences are given for [-1, 1].
+    - G minimises -log D(G(z)), as DCGAN does. G and IG of the BiGAN have labels swapped, as in BiGAN's code.
+    - D and G step at once; in DCGAN D is first. D(x) and D(G(z)) are normalised each by its own batch, as there.
+    - The two kinds of pairs of the BiGAN are normalised by one batch, because samples collapsed with two.
+    - The gallery are the first --gallery of our training images, in random order; Figure 3's queries are from it.
 """
 
 import json
@@ -57,22 +63,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import DataError, draw_images, load_data, place_images, read_image, save_grid
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
-from common import draw_images, load_data, place_images, read_image, save_grid
-
 NAME = "inverse_gen"
-FREE = ("steps", "log_every", "save_every", "search_steps", "search_rate", "gallery")  # what --resume may change
 METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
 COLUMNS = ("L_D", "L_G", "L_IG")  # of log.csv
-IMAGE_SIZES = (16, 32, 64)
+IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
 BLUR = 1 / 16  # standard deviation of Figure 5, and of our blur in Figure 3, in sides of the image
-QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 4000, "gallery": 2000}
-QUICK |= {"save_every": 1000}
+EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # at least 1
+COUNTS += ("log_every", "save_every")
+WEIGHTS = ("lr", "search_rate")  # at least 0
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "search_steps", "search_rate", "gallery")  # with --resume
+QUICK = {
+    "image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 4000, "gallery": 2000,
+    "search_steps": 50, "save_every": 1000,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -80,9 +91,7 @@ QUICK |= {"save_every": 1000}
 
 def conv_widths(image_size, channels):
     """Channels from the image to 4x4, in D and IG, and backwards in G: f, 2f, 4f, 8f where S = 64."""
-    if image_size not in IMAGE_SIZES:
-        raise ValueError(f"image_size {image_size}: must be one of {IMAGE_SIZES}")
-    return [channels * 2**i for i in range(image_size.bit_length() - 3)]
+    return [channels * 2**i for i in range(IMAGE_SIZES[image_size])]
 
 
 def conv_stack(c_in, widths, activation):
@@ -99,7 +108,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, image_size, channels, latent_dim):
         widths = conv_widths(image_size, channels)[::-1]
-        layers = [nn.Linear(latent_dim, 16 * widths[0], bias=False), nn.Unflatten(1, (widths[0], 4, 4))]
+        layers = [nn.Linear(latent_dim, widths[0] * 4 * 4, bias=False), nn.Unflatten(1, (widths[0], 4, 4))]
         for c_in, c_out in zip(widths, [*widths[1:], 3]):
             layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 5, 2, 2, 1, bias=c_out == 3)]
         super().__init__(*layers)
@@ -110,7 +119,7 @@ class Discriminator(nn.Sequential):
 
     def __init__(self, image_size, channels):
         widths = conv_widths(image_size, channels)
-        super().__init__(conv_stack(3, widths, nn.LeakyReLU(LEAK)), nn.Flatten(), nn.Linear(16 * widths[-1], 1))
+        super().__init__(conv_stack(3, widths, nn.LeakyReLU(LEAK)), nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, 1))
 
 
 class InverseGenerator(nn.Sequential):
@@ -118,7 +127,7 @@ class InverseGenerator(nn.Sequential):
 
     def __init__(self, image_size, channels, latent_dim):
         widths = conv_widths(image_size, channels)
-        layers = [conv_stack(3, widths, nn.ReLU()), nn.Flatten(), nn.Linear(16 * widths[-1], latent_dim), nn.Tanh()]
+        layers = [conv_stack(3, widths, nn.ReLU()), nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, latent_dim), nn.Tanh()]
         super().__init__(*layers)
 
 
@@ -138,7 +147,9 @@ class PairDiscriminator(nn.Module):
 
 
 def build_networks(method, image_size, channels, latent_dim):
-    """The networks by the paper's names, in training mode, IG but for "search". ValueError for a size that is none."""
+    """The networks by the paper's names, in training mode, IG but for "search"."""
+    if method not in METHODS or image_size not in IMAGE_SIZES:
+        raise ValueError(f"method {method}, size {image_size}: there are {METHODS} and {list(IMAGE_SIZES)}")
     sizes = image_size, channels, latent_dim
     nets = nn.ModuleDict({"G": Generator(*sizes)})
     nets["D"] = PairDiscriminator(*sizes) if method == "bigan" else Discriminator(image_size, channels)
@@ -180,13 +191,19 @@ def cross_entropy(logits, x):
 
 
 def gan_losses(nets, x, z):
-    """The DCGAN, Eq. 4: images x [N, 3, S, S] in [0, 1], latents z [M, Z] in [-1, 1] -> L_D for D, L_G for G."""
+    """The DCGAN, Eq. 4: images x [N, 3, S, S] in [0, 1], latents z [M, Z] in [-1, 1] -> L_D for D, L_G for G.
+
+    The networks have to be in training mode.
+    """
     d_real, d_fake = nets["D"](x), nets["D"](generate(nets["G"], z))
     return {"L_D": discriminator_loss(d_real, d_fake), "L_G": generator_loss(d_fake)}
 
 
 def aegan_losses(nets, _, z):
-    """AEGAN, Algorithm 1: latents z [N, Z] in [-1, 1] -> L_IG for IG to minimise. Real images are not used."""
+    """AEGAN, Algorithm 1: latents z [N, Z] in [-1, 1] -> L_IG for IG to minimise. Real images are not used.
+
+    G has to be in evaluation mode. Its weights are not frozen otherwise: a plain backward() would reach them, too.
+    """
     with torch.no_grad():
         x = generate(nets["G"], z)  # step 1
     z_prime = nets["IG"](x)  # step 2, Eq. 6: z'
@@ -202,10 +219,16 @@ def direct_losses(nets, _, z):
 
 
 def bigan_losses(nets, x, z):
-    """The BiGAN, Eq. 1: images x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG."""
-    images, latents = torch.cat([x, generate(nets["G"], z)]), torch.cat([nets["IG"](x), z])
-    d_q, d_p = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)) and (G(z), z): one batch norm
-    return {"L_D": discriminator_loss(d_q, d_p), "L_G": discriminator_loss(-d_q, -d_p)}  # labels swapped
+    """The BiGAN, Eq. 1: images x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG.
+
+    The networks have to be in training mode.
+    """
+    images = torch.cat([x, generate(nets["G"], z)])
+    latents = torch.cat([nets["IG"](x), z])
+    d_of_x, d_of_z = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)), (G(z), z): one batch norm
+    L_D = discriminator_loss(d_of_x, d_of_z)
+    L_G = discriminator_loss(d_real=d_of_z, d_fake=d_of_x)  # labels swapped
+    return {"L_D": L_D, "L_G": L_G}
 
 
 LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bigan": bigan_losses}
@@ -219,7 +242,7 @@ def build_optimizer(nets, lr):
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
-def draw_batch(images, latent_dim):
+def make_inputs(images, latent_dim):
     """x: the images (uint8 [N, 3, S, S]) in [0, 1]; z ~ U(-1, 1): [N, Z]."""
     return to_unit(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
@@ -229,32 +252,44 @@ def to_unit(images):
     return images.float() / 255
 
 
+def trainable(optimizer, *networks):
+    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in updated for p in parameters):
+        raise ValueError("the optimizer does not have all parameters of the networks")
+    return parameters
+
+
 def train_step(nets, optimizer, stage, x, z):
-    """One update of the networks of the stage, gan, aegan, direct or bigan, all at the same point, in the modes that it
-    sets. Returns the losses before it, detached: see LOSSES."""
+    """One update of the networks of the stage, gan, aegan, direct or bigan, with gradients taken before any moves, in
+    the modes that it sets. Returns the losses: see LOSSES."""
+    with_gan = stage in ("gan", "bigan")
     nets.train()
-    nets["G"].train(stage in ("gan", "bigan"))  # else G is frozen: in evaluation mode, and without gradients
+    nets["G"].train(with_gan)  # else G is frozen: in evaluation mode, and without gradients
     losses = LOSSES[stage](nets, x, z)
     optimizer.zero_grad()
-    theta = {name: list(net.parameters()) for name, net in nets.items()}
-    # A loss gives gradients to its `inputs` alone, where others detach the fakes and make them a second time.
-    if stage in ("gan", "bigan"):
-        losses["L_D"].backward(inputs=theta["D"], retain_graph=True)
-        losses["L_G"].backward(inputs=theta["G"] + (theta["IG"] if stage == "bigan" else []))
+    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    if with_gan:
+        losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)
+        generators = [nets["G"], nets["IG"]] if stage == "bigan" else [nets["G"]]
+        losses["L_G"].backward(inputs=trainable(optimizer, *generators))
     else:
-        losses["L_IG"].backward(inputs=theta["IG"])  # Algorithm 1, step 4: update IG alone
+        losses["L_IG"].backward(inputs=trainable(optimizer, nets["IG"]))  # Algorithm 1, step 4: update IG alone
     optimizer.step()  # Eq. 8, by Adam
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def record(step, batch):
-    """step(*batch) as a CUDA graph: a function of other batches that replays it and returns the same tensors as it."""
-    graph, batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
-    with torch.cuda.graph(graph):
-        losses = step(*batch)
+def record(step, inputs):
+    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
+    values, so read these before the next one."""
+    inputs = [tensor.clone() for tensor in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        losses = step(*inputs)
 
-    def replay(*new_batch):
-        torch._foreach_copy_(batch, new_batch)
+    def replay(*new_inputs):
+        torch._foreach_copy_(inputs, new_inputs)
         graph.replay()
         return losses
 
@@ -293,45 +328,58 @@ def phash(x):
     """Are the lowest 8x8 frequencies of 32x32 grey pixels above their median: [N, 3, S, S] -> [N, 64] of 0 and 1."""
     i = torch.arange(32, dtype=torch.float64, device=x.device)
     cosines = torch.cos(math.pi / 32 * (i + 0.5) * i[:8, None])  # (8, 32): the discrete cosine transform's first rows
-    frequencies = (cosines @ grey_pixels(x, 32, 32).double() @ cosines.T).flatten(1).round(decimals=6)
+    frequencies = (cosines @ grey_pixels(x, 32, 32).double() @ cosines.T).flatten(1)
     return (frequencies > frequencies.median(1, keepdim=True).values).float()
 
 
-def colour_histogram(x, bins=8):
+def colour_histogram(x):
     """Shares of an image's pixels in 8x8x8 boxes of colour: [N, 3, S, S] -> [N, 512]."""
-    red, green, blue = (x * bins).long().clamp(0, bins - 1).flatten(2).unbind(1)  # (N, S^2) each
-    counts = torch.zeros(len(x), bins**3, device=x.device)
-    counts.scatter_add_(1, (red * bins + green) * bins + blue, torch.ones_like(red, dtype=torch.float32))
-    return counts / red.shape[1]
+    red, green, blue = (x * 8).long().clamp(0, 7).flatten(2).unbind(1)  # (N, S^2) each
+    boxes = 64 * red + 8 * green + blue
+    counts = torch.zeros(len(x), 512, device=x.device)
+    counts.scatter_add_(1, boxes, torch.ones_like(boxes, dtype=torch.float32))
+    return counts / boxes.shape[1]
 
 
 DESCRIPTORS = {"dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}  # those of Section 4.2 but codes
 
 
 @torch.no_grad()
-def describe(parts, invert):
-    """The codes and the DESCRIPTORS of images, an iterable of [n, 3, S, S] in [0, 1]: {name: [M, features]}."""
-    functions = {"codes": invert, **DESCRIPTORS}
+def describe(parts, invert, untrained=None):
+    """What is compared, of images, an iterable of [n, 3, S, S] in [0, 1]: {name: [M, features]}.
+
+    Codes, DESCRIPTORS, and the controls: raw pixels and, if there is an untrained network, its codes.
+    """
+    functions = {"codes": invert, **DESCRIPTORS, "pixels": lambda x: x.flatten(1)}
+    if untrained:
+        functions["untrained"] = untrained
     rows = [{name: function(x) for name, function in functions.items()} for x in parts]
     return {name: torch.cat([row[name] for row in rows]) for name in functions}
 
 
 def distances(queries, gallery):
-    """Two results of describe -> {name: [Q, M]}: Euclidean for codes; bits that differ; 2 - 2 the intersection."""
-    codes = torch.cdist(queries["codes"], gallery["codes"], compute_mode="donot_use_mm_for_euclid_dist")
-    return {"codes": codes, **{name: torch.cdist(queries[name], gallery[name], p=1.0) for name in DESCRIPTORS}}
+    """Distances of two results of describe: {name: [Q, M]}.
+
+    Of hashes the number of bits that differ; of histograms 2 - 2 times their intersection; else the Euclidean distance.
+    """
+    found = {}
+    for name in queries:
+        power = 1.0 if name in DESCRIPTORS else 2.0
+        exact = "donot_use_mm_for_euclid_dist"  # so that an image's distance to itself is 0
+        found[name] = torch.cdist(queries[name], gallery[name], p=power, compute_mode=exact)
+    return found
 
 
 def nearest(distance):
-    """The share of each gallery image in the nearest of each query, [Q, M]: 1, or less where several are as near."""
-    first = (distance == distance.min(1, keepdim=True).values).double()
-    return first / first.sum(1, keepdim=True)
+    """1 at the nearest gallery image of each query, 1/k at each of k that are as near, 0 elsewhere: [Q, M]."""
+    is_nearest = (distance == distance.min(1, keepdim=True).values).double()
+    return is_nearest / is_nearest.sum(1, keepdim=True)
 
 
 def label_agreement(distance, query_labels, gallery_labels):
     """Table 2: the share of labels in which queries, bool [Q, A], and the nearest of the gallery, [M, A], agree."""
-    share = nearest(distance) @ gallery_labels.double()
-    return torch.where(query_labels, share, 1 - share).mean().item()
+    share_with_label = nearest(distance) @ gallery_labels.double()
+    return torch.where(query_labels, share_with_label, 1 - share_with_label).mean().item()
 
 
 def blur(x):
@@ -343,9 +391,10 @@ def blur(x):
 def wear_sunglasses(x):
     """Black glasses at the eyes of a centred face (CelebA's or common.py's): [N, 3, S, S] -> [N, 3, S, S]."""
     size = x.shape[-1]
-    at = (torch.arange(size, device=x.device) + 0.5) / size
-    down, across = at[:, None] - 0.52, (at - 0.5).abs()
-    glass = ((across - 0.11) / 0.095) ** 2 + (down / 0.075) ** 2 < 1
+    place = (torch.arange(size, device=x.device) + 0.5) / size  # of the pixels, in sides of the image
+    down = place[:, None] - 0.52  # from the eyes
+    across = (place - 0.5).abs()  # from the nose
+    glass = ((across - 0.11) / 0.095) ** 2 + (down / 0.075) ** 2 < 1  # an ellipse on each side
     bridge = (down.abs() < 0.02) & (across < 0.11)
     return torch.where(glass | bridge, 0.05, x)
 
@@ -366,12 +415,18 @@ def save_images(path, *batches, **options):
     save_grid(path, *(2 * images - 1 for images in batches), **options)
 
 
+def l1_of_signed(images, others):
+    """The mean absolute difference of images in [0, 1] as it is in [-1, 1], where the other scripts give theirs."""
+    return 2 * F.l1_loss(images, others).item()
+
+
 def save_found(path, invert, queries, gallery, described, per_row):
     """Figures 3 and 4: queries [Q, 3, S, S] in [0, 1], per_row of them a row, each with the nearest of the gallery,
     uint8 [M, 3, S, S], by codes and by each of the DESCRIPTORS. described: describe() of the gallery."""
     found = distances(describe([queries], invert), described)
-    results = [to_unit(gallery[distance.argmin(1).cpu()]) for distance in found.values()]
+    shown = [found[name].argmin(1).cpu() for name in ("codes", *DESCRIPTORS)]
     captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]
+    results = [to_unit(gallery[index]) for index in shown]
     save_images(path, queries.cpu(), *results, columns=per_row, captions=captions)
 
 
@@ -382,63 +437,75 @@ def save_figures(nets, invert, data, z, out, step, described=None):
     data: the first held-out images are shown, in Figure 3 the first of the gallery, a row each of colour, sunglasses,
     blur, crop. z: latents [N, Z], of which 100 are shown. described: describe() of the gallery.
     """
+    modes = {name: net.training for name, net in nets.items()}
     nets.eval()
-    x, x_generated = to_unit(data.heldout[:64].to(z.device)), generate(nets["G"], z[:100])
-    save_images(out / f"samples_{step}.png", x_generated)
+    x = to_unit(data.heldout[:64]).to(z.device)
+    generated = generate(nets["G"], z[:100])
+    save_images(out / f"samples_{step}.png", generated)
     if invert:
         save_images(out / f"reconstructions_{step}.png", x[:40], generate(nets["G"], invert(x[:40])), columns=5)
     if described:
-        x_prime = generate(nets["G"], invert(x_generated[:40]))
-        save_images(out / "figure2_pairs.png", x_generated[:40], x_prime, columns=5)
+        forty = generated[:40]
+        save_images(out / "figure2_pairs.png", forty, generate(nets["G"], invert(forty)), columns=5)
         gallery = data.train[: len(described["codes"])]
-        few = to_unit(gallery[:4].to(z.device))
-        changed = torch.cat(list(change_images(few).values()))
-        save_found(out / "figure3_changed.png", invert, changed, gallery, described, len(few))
+        four = to_unit(gallery[:4]).to(z.device)
+        changed = torch.cat(list(change_images(four).values()))
+        save_found(out / "figure3_changed.png", invert, changed, gallery, described, len(four))
         save_found(out / "figure4_found.png", invert, x, gallery, described, 4)
-        x, captions = x_generated[:24], [["original"], ["blurred"], ["restored"]]
-        restored = generate(nets["G"], invert(blur(x)))
-        save_images(out / "figure5_deblurred.png", x, blur(x), restored, columns=3, captions=captions)
+        few = generated[:24]
+        restored = generate(nets["G"], invert(blur(few)))
+        captions = [["original"], ["blurred"], ["restored"]]
+        save_images(out / "figure5_deblurred.png", few, blur(few), restored, columns=3, captions=captions)
+    for name, net in nets.items():
+        net.train(modes[name])
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, [N, 3, S, S]: 0 in total collapse, None if all images are one."""
-    a, b = (torch.pdist(x.flatten(1)).mean().item() for x in (samples, images))
-    return a / b if b > 0 else None
+    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
 @torch.no_grad()
 def measure_inversion(nets, invert, data, z):
-    """Table 1 and Figure 5, of x generated from z [N, Z], and held-out images. Differences are of images in [-1, 1]."""
-    G, x = nets["G"], generate(nets["G"], z)
-    z_prime = torch.cat([invert(part) for part in x.split(250)])
-    results = {"dhash_similarity": (dhash(x) == dhash(generate(G, z_prime))).float().mean().item()}  # equal bits
-    blurred = blur(x)
-    restored = torch.cat([generate(G, invert(part)) for part in blurred.split(250)])
-    results["deblur_l1_before"] = 2 * F.l1_loss(blurred, x).item()
-    results["deblur_l1_after"] = 2 * F.l1_loss(restored, x).item()
-    results["sample_diversity"] = sample_diversity(x, to_unit(data.heldout[: len(z)].to(z.device)))
-    mean_image = to_unit(sum(part.sum(0) for part in data.train.split(1000)) / len(data.train)).to(z.device)
-    results |= {"heldout_l1": 0.0, "heldout_l1_of_mean_image": 0.0}
-    for x in map(to_unit, data.heldout.to(z.device).split(250)):
-        share = 2 * len(x) / len(data.heldout)
-        results["heldout_l1"] += share * F.l1_loss(generate(G, invert(x)), x).item()
-        results["heldout_l1_of_mean_image"] += share * F.l1_loss(mean_image.expand_as(x), x).item()
-    return results
+    """Table 1 and Figure 5, of images generated from z [N, Z], and reconstructions of up to 1,000 held-out images.
+
+    The networks have to be in evaluation mode. Differences are of images in [-1, 1].
+    """
+    G = nets["G"]
+    x = to_unit(data.heldout[:1000]).to(z.device)
+    x_prime = torch.cat([generate(G, invert(part)) for part in x.split(250)])
+    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)
+    generated = generate(G, z)
+    again = generate(G, invert(generated))
+    restored = generate(G, invert(blur(generated)))
+    return {
+        "dhash_similarity": (dhash(generated) == dhash(again)).float().mean().item(),  # the share of equal bits
+        "dhash_similarity_of_unlike": (dhash(x) == dhash(x.roll(1, dims=0))).float().mean().item(),  # chance
+        "deblur_l1_before": l1_of_signed(blur(generated), generated),
+        "deblur_l1_after": l1_of_signed(restored, generated),
+        "sample_diversity": sample_diversity(generated, x[: len(z)]),
+        "heldout_l1": l1_of_signed(x_prime, x),
+        "heldout_l1_of_mean_image": l1_of_signed(mean_image.expand_as(x), x),
+    }
 
 
 @torch.no_grad()
-def measure_search(invert, data, described, count, device):
+def measure_search(invert, untrained, data, described, count, device):
     """Table 2 and Figure 3, of up to count images. described: describe() of the gallery, the first of data.train."""
-    gallery, results = len(described["codes"]), {}
+    gallery_size = len(described["codes"])
+    results = {}
     if data.attributes:
-        x = to_unit(data.heldout[:count].to(device))
-        found = distances(describe(x.split(250), invert), described)
-        found["any_image"] = torch.zeros_like(found["codes"])
-        labels = data.heldout_labels[:count].to(device), data.train_labels[:gallery].to(device)
-        results = {f"label_agreement_{name}": label_agreement(d, *labels) for name, d in found.items()}
-    for change, x in change_images(to_unit(data.train[: min(count, gallery)].to(device))).items():
-        found = distances(describe(x.split(250), invert), described)
-        results |= {f"search_top1_{change}_{name}": nearest(d).diagonal().mean().item() for name, d in found.items()}
+        x = to_unit(data.heldout[:count]).to(device)
+        found = distances(describe(x.split(250), invert, untrained), described)
+        found["any_image"] = torch.zeros_like(found["codes"])  # all are as near
+        labels = data.heldout_labels[:count].to(device), data.train_labels[:gallery_size].to(device)
+        for name, distance in found.items():
+            results[f"label_agreement_{name}"] = label_agreement(distance, *labels)
+    originals = to_unit(data.train[: min(count, gallery_size)]).to(device)
+    for change, changed in change_images(originals).items():
+        found = distances(describe(changed.split(250), invert, untrained), described)
+        for name, distance in found.items():
+            results[f"search_top1_{change}_{name}"] = nearest(distance).diagonal().mean().item()
     return results
 
 
@@ -447,8 +514,8 @@ def save_query(path, invert, x, data, count, device):
     """--query: print which nine of the first count training images have the codes nearest to that of the image x, uint8
     [3, S, S], and save them as a picture."""
     gallery = data.train[:count]
-    codes = torch.cat([invert(to_unit(part.to(device))) for part in gallery.split(250)])
-    distance = torch.cdist(invert(to_unit(x[None].to(device))), codes, compute_mode="donot_use_mm_for_euclid_dist")[0]
+    codes = torch.cat([invert(to_unit(part).to(device)) for part in gallery.split(250)])
+    distance = torch.cdist(invert(to_unit(x[None]).to(device)), codes, compute_mode="donot_use_mm_for_euclid_dist")[0]
     shortest, index = (found.tolist() for found in distance.topk(min(9, len(distance)), largest=False))
     for d, i in zip(shortest, index):
         print(f"{d:8.3f}  {data.paths[i] if data.paths else f'training image {i}'}")
@@ -460,18 +527,19 @@ def save_query(path, invert, x, data, count, device):
 
 
 def fail(message, status=2):
-    """End the program with one line, the message's first, on the standard error."""
-    print(f"{NAME}.py: error: {message}".split("\n")[0], file=sys.stderr)
+    """End the program with one line on the standard error."""
+    print(f"{NAME}.py: error: {message.splitlines()[0]}", file=sys.stderr)
     sys.exit(status)
 
 
 def parse_args(argv):
     """The arguments and, with --resume or --query, the checkpoint of the run in --out, else None."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.error, add = fail, parser.add_argument
+    parser.error = fail
+    add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--method", choices=METHODS, default="aegan", help="how G is inverted: the paper's way, or one of Section 2's")
-    add("--query", metavar="IMAGE", help="no training: which images of the run in --out are most like this file")
+    add("--query", metavar="IMAGE", help="no training: which of the run's --gallery are most like this file")
     add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN, then IG (bigan: none; search: all steps)")
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
@@ -492,51 +560,77 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
 
-    args, checkpoint = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
     path = Path(args.out, "checkpoint.pt")
+    checkpoint = None
     if args.resume or args.query:
+        if not path.exists():
+            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume and --query")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of a run, or no --resume and --query")
+            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        least = {int: 0 if name == "seed" else 1, float: 0}.get(type(value))
-        if least is not None and not least <= value <= 1e12:
-            fail(f"--{name.replace('_', '-')} cannot be {value}: it must be at least {least} and at most 1e12")
-    for name, value in checkpoint[NAME].items() if checkpoint else ():
-        if getattr(args, name) != value and name not in FREE:
-            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
-    if checkpoint and args.steps < checkpoint["step"]:
-        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
-    if args.method in ("aegan", "direct") and args.gan_steps >= args.steps:
+    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    for name in COUNTS + WEIGHTS:
+        least = 1 if name in COUNTS else 0
+        if not least <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
+    two_stages = args.method in ("aegan", "direct")
+    if two_stages and args.gan_steps >= args.steps:
         fail(f"--gan-steps {args.gan_steps} leave none of --steps {args.steps} for IG: change one of them")
-    if args.query and args.method in ("aegan", "direct") and checkpoint["step"] <= args.gan_steps:
+    if args.query and two_stages and checkpoint["step"] <= args.gan_steps:
         fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def stage_of(step, method, gan_steps):
+    """What is trained at a step: first G (and D) of the DCGAN, then IG (Section 3.2), or all the time the same."""
+    if method == "search" or method != "bigan" and step <= gan_steps:
+        return "gan"
+    return method
+
+
+def restore(checkpoint, args, data, nets, optimizer):
+    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    for name, value in checkpoint[NAME].items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
+    if args.steps < checkpoint["step"]:
+        fail(f"{args.out} is at step {checkpoint['step']} already, beyond --steps {args.steps}")
+    if checkpoint["images"] != data.checksum:
+        fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
+    nets.load_state_dict(checkpoint["networks"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    cpu_state, *cuda_states = checkpoint["random"]
+    torch.set_rng_state(cpu_state)
+    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
     """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out, option = Path(args.out), f"--device {args.device}" + " with --graph" * args.graph
+    out = Path(args.out)
     try:
-        torch.zeros(1, device=(device := torch.device(args.device))).item()
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
         if args.graph:
             torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-        option = f"--data {args.data}"
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    try:
         data = load_data(args.data, args.image_size, args.batch_size)
-        option = f"--query {args.query}"
         query = read_image(args.query, args.image_size) if args.query else None
-        option = f"--out {out}"
         out.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # of many kinds
-        fail(f"{option} cannot be used: {error}")
+    except (DataError, OSError) as error:  # which name the file or folder
+        fail(str(error))
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
@@ -544,61 +638,63 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     invert = nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], args.search_steps, args.search_rate)
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "query", "device", "graph")}
-    begin, log = 0, ""
-    if checkpoint:
-        begin, log = checkpoint["step"], checkpoint["log"]
-        nets.load_state_dict(checkpoint["networks"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"][0])
-        torch.cuda.set_rng_state_all(checkpoint["random"][1 : 1 + torch.cuda.device_count()])
+    run = {
+        name: value for name, value in vars(args).items() if name not in ("out", "resume", "query", "device", "graph")
+    }
+    begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     if args.query:
         nets.eval()
-        return save_query(out / "query.png", invert, query, data, args.gallery, device)
+        save_query(out / "query.png", invert, query, data, args.gallery, device)
+        return
     print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
-    images, start = place_images(data.train, device), time.perf_counter()
+    images = place_images(data.train, device)
+    start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
-        if step in (begin + 1, args.gan_steps + 1):  # "First we train the GAN's generator G", then IG (Section 3.2)
-            of_gan = args.method == "search" or args.method != "bigan" and step <= args.gan_steps
-            stage, first = "gan" if of_gan else args.method, step
-            step_on = partial(train_step, nets, optimizer, stage)
-        batch = draw_batch(draw_images(images, args.batch_size, device), args.latent_dim)
-        if args.graph and step == first + 3:
-            step_on = record(step_on, batch)
-        losses = step_on(*batch)
+        stage = stage_of(step, args.method, args.gan_steps)
+        if step == begin + 1 or stage != stage_of(step - 1, args.method, args.gan_steps):
+            step_function = partial(train_step, nets, optimizer, stage)
+            first_step = step
+        inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim)
+        if args.graph and step == first_step + EAGER_STEPS:
+            step_function = record(step_function, inputs)
+        losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
-        if not (save_due or step % args.log_every == 0 or step == (1 if device.type == "cpu" else 10)):
+        if not (save_due or step % args.log_every == 0 or step == 1):
             continue
-        values = {name: loss.item() for name, loss in losses.items()}  # waits for the device
-        for name in (name for name, value in values.items() if not math.isfinite(value)):
-            fail(f"{name} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
+        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+            fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
+        values = {name: loss.item() for name, loss in losses.items()}
+        log = log or ",".join(["step", *COLUMNS]) + "\n"
+        log += ",".join(str(number) for number in [step, *(values.get(name, "") for name in COLUMNS)]) + "\n"
+        (out / "log.csv").write_text(log)
         rate = (step - begin) / (time.perf_counter() - start)
         left = timedelta(seconds=round((args.steps - step) / rate))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"step {step}  {terms}  {rate:.1f} steps/s  {left} left", flush=True)
-        if step == 1 and left > timedelta(hours=1):
+        if step == 1 and device.type == "cpu" and left > timedelta(hours=1):
             print("This is long for a CPU: --quick takes three minutes", flush=True)
-        log = log or ",".join(("step", *COLUMNS)) + "\n"
-        log += ",".join(map(str, (step, *(values.get(name, "") for name in COLUMNS)))) + "\n"
-        (out / "log.csv").write_text(log)
         if save_due:
-            save_figures(nets, invert if stage != "gan" else None, data, z_shown, out, step)
-            state = {NAME: config, "networks": nets.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step, "log": log, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            torch.save(state, out / "checkpoint.tmp")
+            save_figures(nets, None if stage == "gan" else invert, data, z_shown, out, step)
+            state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
+            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     nets.eval()
-    gallery = data.train[: args.gallery]
-    described = describe((to_unit(part.to(device)) for part in gallery.split(250)), invert)
+    torch.manual_seed(0)
+    untrained = InverseGenerator(args.image_size, args.channels, args.latent_dim).to(device).eval()
+    print(f"describing {len(data.train[: args.gallery])} images of the gallery", flush=True)
+    parts = (to_unit(part).to(device) for part in data.train[: args.gallery].split(250))
+    described = describe(parts, invert, untrained)
     save_figures(nets, invert, data, z_shown, out, args.steps, described)
     results = measure_inversion(nets, invert, data, z_shown)
-    results |= measure_search(invert, data, described, len(z_shown), device) | {"steps": args.steps, "config": config}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    results |= measure_search(invert, untrained, data, described, len(z_shown), device)
     for name, value in results.items():
-        if isinstance(value, float):
-            print(f"{name:40}{value:10.3f}")
+        print(f"{name:40}{value:10.3f}")
+    results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 """Adversarial training of variational auto-encoders for high fidelity image generation (Khan, Hayat, Barnes, 2018).
 
 https://arxiv.org/abs/1804.10323
-
 The generator is a variational auto-encoder: an encoder E from images to latents, a decoder G from latents to images.
 The discriminator D, an auto-encoder too, learns to reconstruct real images x well, and fake ones badly: those that G
 makes of noise, x_g, and of E's latents, x_v. G learns to make images that D reconstructs well. As in BEGAN a number k
@@ -13,7 +12,7 @@ says how much D minds the fakes; a PID controller moves it so that the losses of
 and G learn to give back x: in its pixels, and in what D's encoder makes of it, a similarity that is learned.
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
-    python vae_began.py --data photos/ --out runs/photos  # the paper's set-up on a folder of images
+    python vae_began.py --data img_align_celeba/          # the paper's; list_attr_celeba.txt beside it has attributes
     python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
@@ -27,10 +26,10 @@ paper -> code
     Eq. 10, 11   eta, e_t; convergence (Section 3.4)  balance
     Eq. 12       PID controller                       Controller
     Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
-    Algorithm 1  line 1: build_networks; 2: draw_images; 4: make_inputs; 3, 5-13: vae_began_losses, train_step
-    Table 1      Inception score of three models      inception_score; --model, began_losses
-    Figures 2, 3 samples of 64x64, 128x128            save_figures
-    Figure 4     fakes, reals, D's reconstructions    save_figures
+    Algorithm 1  1: build_networks; 2: draw_images (common.py); 4: make_inputs; 3, 5-13: vae_began_losses, train_step
+    Table 1      Inception score of three models      measure_inception; --model, began_losses; other rows: left out
+    Figures 2-4  samples; what D makes of them        save_figures; l1_of_d, balance (Section 5.2)
+    Figures 5, 7 images of other papers' models       left out
     Figure 6     interpolation between real images    save_interpolations
     Figure 8     arithmetic with attributes           save_arithmetic, attribute_directions
 
@@ -42,7 +41,6 @@ Rulings, where the paper is silent or contradicts itself
     - Beside Eq. 2 |x| is called the latent space's size. It is the number of pixels.
     - Section 4 draws z "from [0, 1]". We draw from N(0, I), as Eq. 3 says.
     - k and the two errors before the first start at 0, and k is kept in [0, 1], as in BEGAN.
-    - Section 3.4 calls BEGAN's controller proportional. Its gain l1 multiplies e and k accumulates: it is integral.
     - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128 (64 below 128x128 is ours).
     - Section 4's three pairs of convolutions are those of 32x32: we use log2(S) - 2, four at 64x64.
     - Batches of 16 and 64 latents are BEGAN's. Adam's betas and initial weights are torch's.
@@ -50,8 +48,8 @@ Rulings, where the paper is silent or contradicts itself
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
     - BEGAN has uniform z and a learning rate of its own. Here all three models have this paper's.
-    - Algorithm 1 updates E, G, k and D in turn, from one forward pass. Here all gradients are of one point, and k moves
-      after D (line 12 comes before line 13 there).
+    - Algorithm 1 updates E, G and D in turn, from one forward pass. Here all gradients are of one point.
+    - Algorithm 1 moves k before D's step. Here it moves after it, which is the same: Eq. 13 has k_{t-1}.
 """
 
 import json
@@ -67,8 +65,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 from torch import nn
+
+from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "vae_began"
 MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 12 (Section 4; BEGAN's)
@@ -78,12 +77,11 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
 }
 IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # and the n of each
 BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R = log2(S) - 2
-BETAS = (0.9, 0.999)  # of Adam, its usual
 EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
-COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every", "samples")  # options of at least 1
+COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "alpha", "beta", "gamma", "eta")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
-INCEPTION = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
+SPLITS = 10  # of the images of an Inception score
 QUICK = {"image_size": 16, "filters": 16, "steps": 1400, "lr": 1e-3, "gamma": 5.0, "save_every": 500}
 
 
@@ -97,9 +95,7 @@ def conv(c_in, c_out, stride=1):
 
 class Encoder(nn.Sequential):
     """Images [N, 3, S, S] in [-1, 1] -> [N, outputs]: blocks of n, 2n, 3n, ... channels, halved in between down to 8x8.
-
-    E, with 2 Z outputs, means and log-variances; and the first half of D, with Z.
-    """
+    E, with 2 Z outputs, means and log-variances; and the first half of D, with Z."""
 
     def __init__(self, image_size, filters, outputs):
         blocks = BLOCKS[image_size]
@@ -113,9 +109,7 @@ class Encoder(nn.Sequential):
 
 class Decoder(nn.Sequential):
     """Latents [N, Z] -> images [N, 3, S, S], about in [-1, 1]: blocks of n channels, doubled in between from 8x8.
-
-    G, and the second half of D.
-    """
+    G, and the second half of D."""
 
     def __init__(self, image_size, filters, latent_dim):
         blocks = BLOCKS[image_size]
@@ -142,9 +136,7 @@ class Discriminator(nn.Module):
 
 class Controller(nn.Module):
     """Eq. 12: k_t from k_{t-1} and e_t. gains: l1 (integral), l2 (proportional), l3 (differential).
-
-    k, e_{t-1} and e_{t-2} are scalar buffers: they live on the device, and in the checkpoint.
-    """
+    k, e_{t-1} and e_{t-2} are scalar buffers: they live on the device, and in the checkpoint."""
 
     def __init__(self, gains):
         super().__init__()
@@ -249,7 +241,7 @@ LOSSES = {"vae-began": vae_began_losses, "began-lsm": began_losses, "began": beg
 
 def build_optimizer(nets, lr):
     """One Adam for all networks, since they all take their step at the same time."""
-    return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
+    return torch.optim.Adam(nets.parameters(), lr, fused=True, capturable=True)
 
 
 def make_inputs(images, latent_dim):
@@ -300,6 +292,7 @@ def record(step, inputs):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
+@torch.no_grad()
 def encode(nets, x):
     """The codes of images x [N, 3, S, S] in [-1, 1]: E's means [N, Z]."""
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
@@ -317,19 +310,18 @@ def save_interpolations(path, nets, x_1, x_2, columns=8):
 def attribute_directions(nets, data, device):
     """Section 5.5: for each attribute, the mean code of training images with it minus that of those without: [A, Z]."""
     codes = torch.cat([encode(nets, to_float(part.to(device))) for part in data.train.split(250)])
-    labels = data.train_labels.to(device)
-    return torch.stack([codes[has].mean(0) - codes[~has].mean(0) for has in labels.unbind(1)])
+    labels = data.train_labels.to(device).unbind(1)  # A times [M]
+    return torch.stack([codes[has].mean(0) - codes[~has].mean(0) for has in labels])
 
 
-@torch.no_grad()
 def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)):
-    """Figure 8: for each attribute its name and a row of G(z + strength * direction). z: [N, Z], again where A > N."""
+    """Figure 8: for each of A attributes its name and a row of G(z + strength * direction). z: [N, Z], of any N."""
     directions = attribute_directions(nets, data, z.device).nan_to_num()  # nan where all images have it, or none
-    z = z[torch.arange(len(directions)) % len(z)]
+    z = z[torch.arange(len(directions)) % len(z)]  # [A, Z]
     rows = [nets["G"](z + strength * directions) for strength in strengths]
     names = [name.replace("_", "\n") for name in data.attributes]  # a word a line, so that it fits in a tile
     captions = [names, *([f"{strength:+g}"] for strength in strengths)]
-    save_grid(path, torch.ones_like(rows[0]), *rows, columns=1, captions=captions)
+    save_grid(path, torch.ones_like(rows[0]), *rows, columns=1, captions=captions)  # the names are on white
 
 
 @torch.no_grad()
@@ -340,9 +332,9 @@ def save_figures(nets, data, z, out, step):
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     x_d = x[:10]
     x_g = nets["G"](z[: len(x_d)])
-    groups = x_g, nets["D"](x_g)[0], x_d, nets["D"](x_d)[0]
     captions = [["fake"], ["D(fake)"], ["real"], ["D(real)"]]
-    save_grid(out / "figure4_discriminator.png", *groups, columns=2, captions=captions)
+    fours = [x_g, nets["D"](x_g)[0], x_d, nets["D"](x_d)[0]]
+    save_grid(out / "figure4_discriminator.png", *fours, columns=2, captions=captions)
     if "E" in nets:
         save_grid(out / f"reconstructions_{step}.png", x, nets["G"](encode(nets, x)), columns=5)
         pairs = min(5, len(x) // 2)
@@ -356,11 +348,9 @@ def sample_diversity(samples, images):
     return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
-def inception_score(probabilities, splits=10):
+def inception_score(probabilities, splits=SPLITS):
     """Table 1: exp(E KL(p(y|x) || p(y))), its mean and standard deviation over the splits (Salimans et al. 2016).
-
-    probabilities: p(y|x) of images x, [N, classes], N >= splits. From 1 to the number of classes.
-    """
+    probabilities: p(y|x) of images x, [N, classes], N >= splits. From 1 to the number of classes."""
     scores = []
     for p in probabilities.tensor_split(splits):
         scores.append((torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1).mean().exp())
@@ -370,27 +360,27 @@ def inception_score(probabilities, splits=10):
 def load_classifier(name, image_size, device):
     """p(y|x) by --classifier, None for none: images [N, 3, S, S] in [-1, 1] -> logits [N, C] and features [N, F].
 
-    inception: torchvision's Inception v3, from its cache or fetched by it; OSError if neither can be. Another name: a
-    TorchScript file; DataError if it is none, or does not give such tensors.
+    inception: torchvision's Inception v3, from its cache or fetched by it. Another name: a TorchScript file. DataError
+    if it cannot be had, or does not give such tensors.
     """
     if name == "none":
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False).eval().to(device)
-        except OSError as error:
-            advice = f"put {INCEPTION} into {torch.hub.get_dir()}/checkpoints"
-            raise OSError(f"--classifier inception cannot be fetched ({error}): {advice}") from error
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
+        except (OSError, RuntimeError) as error:  # no network, or not the whole file
+            file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
+            raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
+        net.eval().to(device)
         to_logits = net.fc
         net.fc = nn.Identity()  # so that the network gives its features
 
         def classify(x):
-            """Logits [N, 1000] and features [N, 2048]."""
             features = net(F.interpolate(x, (299, 299), mode="bilinear"))
-            return to_logits(features), features
+            return to_logits(features), features  # [N, 1000], [N, 2048]
 
         return classify
-    problem = f"--classifier {name} is not TorchScript of images of {image_size} pixels to logits and features"
+    problem = f"--classifier {name} is no TorchScript taking [N, 3, {image_size}, {image_size}] to (logits, features)"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
@@ -398,32 +388,40 @@ def load_classifier(name, image_size, device):
         logits, features = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{problem}: {error}") from error
-    if logits.ndim != 2 or features.ndim != 2 or features.shape[1] == 1:
+    if not logits.shape[:-1] == features.shape[:-1] == (2,) or features.shape[1] == 1:
         raise DataError(problem)
     return classifier
 
 
+def l1_of_d(D, x):
+    """Eq. 7: L_d, L_g or L_v of any number of images x [N, 3, S, S]."""
+    return F.l1_loss(torch.cat([D(part)[0] for part in x.split(250)]), x)
+
+
 @torch.no_grad()
 def measure(nets, data, z, alpha, eta):
-    """The figures of merit, of up to 1,000 held-out images and latents z [N, Z]; some only with E."""
+    """The figures of merit, of up to 1,000 held-out images and as many samples; their diversity is that of G(z)."""
     G, D = nets["G"], nets["D"]
     x = to_float(data.heldout[:1000]).to(z.device)
-    x_g = G(z)
-    L_d = F.l1_loss(torch.cat([D(part)[0] for part in x.split(250)]), x)  # Eq. 7
-    L_g = F.l1_loss(D(x_g)[0], x_g)  # Eq. 7
+    z_g, epsilon = torch.randn(2, len(x), z.shape[1], generator=torch.Generator().manual_seed(0)).to(z.device)
+    L_d = l1_of_d(D, x)
+    L_g = l1_of_d(D, torch.cat([G(part) for part in z_g.split(250)]))
     L_fake = L_g
-    results = {"sample_diversity": sample_diversity(x_g, x[: len(z)])}
+    results = {"l1_of_d_on_real": L_d.item(), "l1_of_d_on_samples": L_g.item(), "k": nets["controller"].k.item()}
+    results["sample_diversity"] = sample_diversity(G(z), x[: len(z)])
     if "E" in nets:
         mean, log_variance = torch.cat([nets["E"](part) for part in x.split(250)]).chunk(2, dim=1)
-        x_v = torch.cat([G(part) for part in mean.split(250)])
-        L_v = F.l1_loss(torch.cat([D(part)[0] for part in x_v.split(250)]), x_v)  # Eq. 7
-        L_fake = L_g + alpha * L_v
+        x_v = torch.cat([G(part) for part in reparameterise(mean, log_variance, epsilon).split(250)])
+        L_fake = L_g + alpha * l1_of_d(D, x_v)  # Eq. 6
+        x_of_mean = torch.cat([G(part) for part in mean.split(250)])
         mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
-        results["heldout_l1"] = F.l1_loss(x_v, x).item()
+        results["heldout_l1"] = F.l1_loss(x_of_mean, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["kl_nats"] = z.shape[1] * kl_loss(mean, log_variance).item()
-    measured = {"d_l1_on_real": L_d, "d_l1_on_samples": L_g, **balance(L_d, L_fake, eta), "k": nets["controller"].k}
-    return results | {name: value.item() for name, value in measured.items()}
+    balanced = balance(L_d, L_fake, eta)
+    results["eta_measured"] = balanced["eta_measured"].item()
+    results["convergence_measure"] = balanced["convergence"].item()
+    return results
 
 
 @torch.no_grad()
@@ -431,8 +429,7 @@ def measure_inception(nets, data, latent_dim, classifier, count, device):
     """Table 1: Inception scores by load_classifier's p(y|x) of count samples and of count training images at most."""
     reals = data.train[:count]
     z = torch.randn(len(reals), latent_dim, generator=torch.Generator().manual_seed(1)).to(device)
-    samples = (nets["G"](part).clamp(-1, 1) for part in z.split(100))
-    p_of_samples = torch.cat([classifier(part)[0].softmax(dim=1) for part in samples])
+    p_of_samples = torch.cat([classifier(nets["G"](part).clamp(-1, 1))[0].softmax(dim=1) for part in z.split(100)])
     p_of_reals = torch.cat([classifier(to_float(part).to(device))[0].softmax(dim=1) for part in reals.split(100)])
     score, deviation = inception_score(p_of_samples)
     score_of_real, _ = inception_score(p_of_reals)
@@ -479,7 +476,6 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-
     args = parser.parse_args(argv)
     path = Path(args.out, "checkpoint.pt")
     checkpoint = None
@@ -502,6 +498,8 @@ def parse_args(argv):
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
+    if args.samples < SPLITS:
+        fail(f"--samples {args.samples}: must be at least {SPLITS}")
     if not all(0 <= gain < math.inf for gain in args.gains):
         fail(f"--gains {args.gains}: must be finite and at least 0")
     if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):

@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 from unittest.mock import MagicMock
 from urllib.error import URLError
@@ -75,9 +76,8 @@ def test_weights_of_the_paper_s_sizes_counted_by_hand_and_other_sizes_refused(st
     d = convs + (100 * 512 + 512) + ((512 * 16 + 512) * 128 + 128) + (128 + 1)
     nets = bigan_latent.build_networks(64, 64, 100, stochastic)
     assert {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()} == {"G": g, "E": e, "D": d}
-    for build in (bigan_latent.Generator, bigan_latent.Encoder, bigan_latent.Discriminator):
-        with pytest.raises(ValueError, match="48.*64"):
-            build(48, 2, 5)
+    with pytest.raises(ValueError, match="48.*64"):
+        bigan_latent.build_networks(48, 2, 5, stochastic)
 
 
 def leaky(h):
@@ -261,6 +261,28 @@ def test_unrolling_leaves_the_discriminator_and_its_optimizer_as_they_are(steps_
     assert all(p.grad is None and p.requires_grad for p in D.parameters()) and D.training
 
 
+def test_unrolling_needs_a_plain_adam_that_has_the_discriminator_and_its_gradients():
+    def refused(optimizer, words="unrolling needs"):
+        with pytest.raises(ValueError, match=words):
+            bigan_latent.bigan_losses(nets, optimizer, None, EX7, 1, x, z)
+        assert bigan_latent.bigan_losses(nets, optimizer, None, EX7, 0, x, z)["L_GAN"].isfinite()
+
+    nets, optimizer, x, z = tiny()
+    of_d, everything = list(nets["D"].parameters()), list(nets.parameters())
+    refused(torch.optim.AdamW(everything), "torch.optim.Adam")
+    refused(torch.optim.SGD(everything), "torch.optim.Adam")
+    for parameters in (nets["G"].parameters(), of_d[:-1], of_d[1:], [{"params": of_d[:3]}, {"params": of_d[3:]}]):
+        refused(torch.optim.Adam(parameters), "all of D in one group")
+    for option in ({"weight_decay": 1e-3}, {"amsgrad": True}, {"maximize": True}):
+        refused(torch.optim.Adam(everything, **option), f"without.*{[*option][0]}")
+    for betas in ((0.0, 0.999), (0.5, 0.0)):
+        refused(torch.optim.Adam(everything, betas=betas), "betas above 0")
+    with torch.no_grad():
+        refused(optimizer, "gradients on")
+    of_d[0].requires_grad_(False)
+    refused(optimizer, "none frozen")
+
+
 def test_unrolling_where_a_gradient_is_zero_stays_finite():
     nets = bigan_latent.build_networks(16, 2, 5)
     nets["D"].of_both[3].weight.data.zero_()  # no gradient reaches the layers before it
@@ -322,10 +344,25 @@ def test_train_step_of_four_images_and_three_latents_against_autograd_by_hand(la
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("unroll, frozen", [(0, ("G.0", "E.layers.1", "D.of_x")), (1, ("G.0", "E.layers.1"))])
+def test_frozen_weights_stay_and_an_optimizer_without_a_network_is_refused(unroll, frozen):
+    nets, optimizer, x, z = tiny()
+    for name in frozen:
+        nets.get_submodule(name).requires_grad_(False)
+    before = copy.deepcopy(nets)
+    bigan_latent.train_step(nets, optimizer, None, EX7, unroll, x, z)
+    changed = {name for (name, a), b in zip(nets.named_parameters(), before.parameters()) if not torch.equal(a, b)}
+    assert changed == {name for name, _ in nets.named_parameters() if not name.startswith(frozen)}
+    for name in nets:
+        some = nn.ModuleDict({other: nets[other] for other in nets if other != name})
+        with pytest.raises(ValueError, match="optimizer|torch.optim.Adam"):
+            bigan_latent.train_step(nets, bigan_latent.build_optimizer(some, 2e-4), None, EX7, unroll, x, z)
+
+
 def test_batches_are_the_images_and_uniform_latents():
     images = draw_faces(10, 16)[0].repeat(50, 1, 1, 1)
     torch.manual_seed(0)
-    x, z = bigan_latent.draw_batch(images, 7)
+    x, z = bigan_latent.make_inputs(images, 7)
     assert torch.equal(x, to_float(images)) and z.shape == (500, 7)
     assert z.abs().max() <= 1 and z.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.05) and abs(z.mean()) < 0.05
 
@@ -344,16 +381,19 @@ def mean_step(images):
     return np.mean([np.abs(np.diff(images.numpy(), axis=axis)).mean() for axis in (2, 3)])
 
 
+def halves(x):
+    return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_measure_against_numpy(stochastic):
     nets = tiny(3, channels=4, stochastic=stochastic)[0].float()
     other = copy.deepcopy(nets).eval()
-    z, images = torch.rand(20, 5) * 2 - 1, torch.randint(256, (1400, 3, 16, 16), dtype=torch.uint8)
-    data = Data(images[:1100] // 2, images[1100:], (), None, None)
-    results = bigan_latent.measure(nets, data, z)
-    assert_same(dict(nets.state_dict()), dict(other.state_dict()))
+    images, z = torch.randint(256, (2200, 3, 16, 16), dtype=torch.uint8), torch.rand(20, 5) * 2 - 1
+    images[2050:] //= 3  # so that not all parts of the held-out images are alike
+    data = Data(images[:1100] // 2, images[1100:], (), None, None, (), 0)
     G, E, D = other["G"], other["E"], other["D"]
-    x = torch.from_numpy(data.heldout.numpy() / np.float32(127.5) - 1)
+    x = torch.from_numpy(data.heldout[:1000].numpy() / np.float32(127.5) - 1)  # of 1,100
     with torch.no_grad():
         x_hat, z_hat = G(z), E(x)
         x_tilde = G(z_hat)
@@ -368,23 +408,30 @@ def test_measure_against_numpy(stochastic):
             "latent_l1": np.abs((E(x_hat) - z).numpy()).mean(),
             "sample_diversity": mean_distance(x_hat) / mean_distance(x[:20]),
             "sharpness": mean_step(x_tilde) / mean_step(x),
+            "sharpness_of_halves": mean_step(halves(x_tilde)) / mean_step(halves(x)),
         }
-    assert results == pytest.approx(expected, rel=1e-4) and results["sharpness"] > 0.01
+    for training in (True, False):
+        assert bigan_latent.measure(nets.train(training), data, z) == pytest.approx(expected, rel=1e-4)
+        assert all(module.training == training for module in nets.modules())  # the mode that it found
+    assert_same(dict(nets.state_dict()), dict(other.state_dict()))
+    assert expected["sharpness"] > 0.01
     flat = bigan_latent.measure(nets, data._replace(heldout=torch.full_like(images[:30], 7)), z)
-    assert [name for name, value in flat.items() if value is None] == ["sharpness", "sample_diversity"]
+    unknown = ["sharpness", "sharpness_of_halves", "sample_diversity"]
+    assert [name for name, value in flat.items() if not math.isfinite(value)] == unknown
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_figures_show_what_they_say(monkeypatch, tmp_path, last):
+def test_figures_show_what_they_say(monkeypatch, tmp_path):
     shown = {}
     monkeypatch.setattr(bigan_latent, "save_grid", lambda path, *args, **kwargs: shown.update({path: (args, kwargs)}))
     nets = tiny(3, channels=4, stochastic=True)[0].float()
     other = copy.deepcopy(nets).eval()
     images, z = draw_faces(25, 16)[0], torch.rand(256, 5) * 2 - 1
-    bigan_latent.save_figures(nets, Data(images[:11], images[11:], (), None, None), z, tmp_path, 70, last)
-    assert all(module.training for module in nets.modules())
+    data = Data(images[:11], images[11:], (), None, None, (), 0)
+    for training in (False, True):
+        bigan_latent.save_figures(nets.train(training), data, z, tmp_path, 70)
+        assert all(module.training == training for module in nets.modules())
     assert_same(dict(nets.state_dict()), dict(other.state_dict()))
-    names = ["samples_70.png", "reconstructions_70.png"] + ["figure_interpolations.png"] * last
+    names = ("samples_70.png", "reconstructions_70.png", "figure_interpolations.png")
     assert list(shown) == [tmp_path / name for name in names]
     G, E, D, x, z = other["G"], other["E"], other["D"], to_float(images[11:21]), z[:100]
     with torch.no_grad():
@@ -392,14 +439,14 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path, last):
         x_tilde = G(z_hat)
         percents = [100 * sigmoid(D(*pair)[:, 0].numpy()) for pair in ((x_hat, z), (x, z_hat), (x_tilde, z_hat))]
         texts = [[f"{round(min(99, value)):02}" for value in values] for values in percents]
-        line = [G(torch.stack([a + (b - a) * i / 7 for i in range(8)])) for a, b in zip(z_hat[::2], z_hat[1::2])]
-    rows = torch.cat([torch.cat([x[2 * i, None], row, x[2 * i + 1, None]]) for i, row in enumerate(line)])
+        walks = [x[:5], *(G(z_hat[:5] + (z_hat[5:] - z_hat[:5]) * i / 7) for i in range(8)), x[5:]]
     expected = [((x_hat,), {"captions": texts[:1]}), ((x, x_tilde), {"captions": texts[1:], "columns": 5})]
-    for (batches, options), (pictures, settings) in zip(shown.values(), [*expected, ((rows,), {"columns": 10})]):
+    for (batches, options), (pictures, settings) in zip(shown.values(), [*expected, (tuple(walks), {"columns": 1})]):
         assert options == settings
         torch.testing.assert_close(batches, pictures, atol=1e-5, rtol=1e-5)
-    assert len({*texts[1], *texts[2]}) > 5 and (line[0][:1].lerp(line[0][7:], 3 / 7) - line[0][3]).abs().max() > 1e-2
-    assert bigan_latent.captions(torch.tensor([0.2, 7.6, 42.0, 99.9])) == ["00", "08", "42", "99"]
+    assert len({*texts[1], *texts[2]}) > 5 and (walks[1].lerp(walks[8], 3 / 7) - walks[4]).abs().max() > 1e-2
+    logits = torch.tensor([[0.002], [0.076], [0.42], [0.999]]).logit()
+    assert bigan_latent.percents(lambda x, z: logits, None, None) == ["00", "08", "42", "99"]
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -407,12 +454,13 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path, last):
 
 def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures = {f"samples_{step}": (10, 10, 1) for step in (2, 4, 5)}
-    pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)} | {"figure_interpolations": (10, 1, 1)}
+    pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)} | {"figure_interpolations": (1, 1, 10)}
     arguments = ["--data", photos, *TINY, "--steps", 5]
     out, results, header, rows = run_as_a_user("bigan_latent", *arguments, cwd=tmp_path, pictures=pictures)
-    assert out.startswith("EX7 on 27 images of ") and "cpu, step 0, in runs/bigan_latent/" in out
-    names = "heldout_l1 heldout_l1_of_mean_image sharpness autodecoder_q latent_l1 sample_diversity".split()
-    names += ["d_on_real", "d_on_samples", "d_on_reconstructions"]
+    assert out.startswith("EX7: lambda_1 2.5, lambda_2 0, lambda_3 0 on 27 images of ")
+    assert "cpu, step 0, in runs/bigan_latent/" in out
+    names = "heldout_l1 heldout_l1_of_mean_image sharpness sharpness_of_halves autodecoder_q latent_l1".split()
+    names += ["sample_diversity", "d_on_real", "d_on_samples", "d_on_reconstructions"]
     for name in names:
         assert 0 <= results[name] < (100 if name.startswith("d_") else 10)
         assert f"{name:26}{results[name]:10.3f}" in out
@@ -427,14 +475,17 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
 def test_all_weights_go_from_the_options_into_the_losses(photos, tmp_path, cli, alexnet):
     weights = ["--lambda-1", 3, "--lambda-2", 0.5, "--lambda-3", 40]
     small = ["--data", photos, *TINY, "--unroll", 1, "--log-every", 3, "--save-every", 4, "--steps", 5]
-    assert cli(bigan_latent, *small, *weights, "--out", tmp_path).status == 0
+    result = cli(bigan_latent, *small, *weights, "--out", tmp_path)
+    assert result.status == 0 and result.out.startswith("lambda_1 3, lambda_2 0.5, lambda_3 40 on 27")  # no row's
+    config = json.loads((tmp_path / "results.json").read_text())["config"]
+    assert [config[f"lambda_{i}"] for i in (1, 2, 3)] == [3, 0.5, 40]
     _, rows = log_of(tmp_path)
     assert [row[0] for row in rows] == ["1", "3", "4", "5"]
     for _, _, total, gan, ad, ae, h in (map(float, row) for row in rows):
         assert total == pytest.approx(gan + 3 * ad + 0.5 * ae + 40 * h) and min(ad, ae, 40 * h) > 1e-4
     checkpoint = torch.load(tmp_path / "checkpoint.pt")
     assert {name[:2] for name in checkpoint["networks"]} == {"G.", "E.", "D."}  # H is fixed, and not kept
-    assert set(checkpoint) == {"bigan_latent", "step", "log", "networks", "optimizer", "random"}
+    assert set(checkpoint) == {"bigan_latent", "step", "log", "networks", "optimizer", "images", "random"}
 
 
 @pytest.mark.parametrize("error", [URLError("no route"), RuntimeError('invalid hash value\n(expected "7be5be79")')])
@@ -453,7 +504,8 @@ def test_the_settings_reach_the_training_step_and_the_figures(photos, tmp_path, 
     def spy(nets, optimizer, H, weights, unroll, x, z):
         (group,) = optimizer.param_groups
         adam = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
-        width, lambdas = nets["G"][-2].weight.shape[0], [weights[f"lambda_{i}"] for i in (1, 2, 3)]
+        width, lambdas = nets["G"][-2].weight.shape[0], [weights[name] for name in ALL]
+        assert weights.keys() == ALL.keys()
         seen.append([z.shape, width, lambdas, H, unroll, *adam, nets["E"].stochastic])
         batches.append(x)
         return train_step(nets, optimizer, H, weights, unroll, x, z)
@@ -461,7 +513,7 @@ def test_the_settings_reach_the_training_step_and_the_figures(photos, tmp_path, 
     seen, batches, figures = [], [], []
     train_step, measure = bigan_latent.train_step, bigan_latent.measure
     monkeypatch.setattr(bigan_latent, "train_step", spy)
-    monkeypatch.setattr(bigan_latent, "save_figures", lambda nets, *rest, **last: figures.append([*rest, last]))
+    monkeypatch.setattr(bigan_latent, "save_figures", lambda nets, *rest: figures.append(rest))
     monkeypatch.setattr(bigan_latent, "measure", lambda *rest: figures.append(rest[1:]) or measure(*rest))
     settings = "--lr 1e-3 --lambda-1 3 --lambda-2 4 --latent-dim 7 --unroll 2 --stochastic-encoder --channels 3".split()
     common = ["--data", photos, *TINY, "--unroll", 1, "--steps", 2]
@@ -475,8 +527,7 @@ def test_the_settings_reach_the_training_step_and_the_figures(photos, tmp_path, 
     assert len(torch.cat(batches).unique(dim=0)) > 8 and not torch.equal(batches[0], batches[2])  # another seed
     z = figures[0][1]
     assert z.shape == (256, 7) and z.abs().max() <= 1 and z.min() < -0.9 and z.max() > 0.9
-    expected = [[tmp_path / str(i), 2, last] for i in range(3) for last in ({"last": False}, {})]
-    assert [rest for _, _, *rest in figures if rest] == expected and len(figures) == 9
+    assert [rest for _, _, *rest in figures if rest] == [[tmp_path / str(i), 2] for i in range(3)] and len(figures) == 6
     assert all(torch.equal(to_float(data.heldout), heldout) for data, *_ in figures)
     assert all(torch.equal(vectors, z) for _, vectors, *_ in figures)  # the same whatever the seed
 
