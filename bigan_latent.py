@@ -76,7 +76,7 @@ EXPERIMENTS = {  # Table 1; weights of Eq. 6, 4 and 5
     "EX8": {"lambda_1": 2.5, "lambda_2": 1.0, "lambda_3": 0.0},
     "EX9": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 1.0},
 }
-IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # and the widths, in channels, of convolutions to reach 4x4
+IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # and, over channels, the widths of the layers down to 4x4
 REAL = 0.9  # D's label of real pairs: one-sided label smoothing (Section 5)
 LEAK = 0.2  # slope of the leaky ReLU (Section 5)
 batch_norm = partial(nn.BatchNorm2d, momentum=1 - 0.97)  # (Section 5)
@@ -228,9 +228,9 @@ def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
     q, p = (x, z_hat), (x_hat, z)
     d_q, d_p = D(*q), D(*p)
     L_D = discriminator_loss(d_q, d_p)  # Eq. 3, max over D
-    # What D would say after K more updates. Through these, G and E get the gradient of what they would do to D, too.
+    # D's logits of the same pairs after K more of its updates, through which G and E get gradients, too.
     later_d_q, later_d_p = unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll)
-    L_GAN = generator_loss(later_d_q, later_d_p)  # Eq. 3, min over G, E
+    L_GAN = generator_loss(later_d_q, later_d_p)  # in place of Eq. 3, min over G, E
     zero = torch.zeros((), device=x.device)
     x_tilde = G(z_hat) if weights["lambda_2"] or weights["lambda_3"] else None
     L_AD = penalty(E(x_hat), z) if weights["lambda_1"] else zero  # Eq. 6
@@ -249,7 +249,7 @@ def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
     if unroll == 0:
         return d_q, d_p
     group = adam_group(D, optimizer)
-    names, theta = zip(*D.named_parameters())
+    names, theta = zip(*D.named_parameters())  # theta: D's weights, below those after each step
     buffers = {name: buffer.clone() for name, buffer in D.named_buffers()}  # batch norm writes to these, not to D's
     zero = torch.zeros((), device=d_q.device)  # moments and number of steps of an optimizer that has made none
     states = [optimizer.state.get(parameter, {}) for parameter in theta]
@@ -283,8 +283,8 @@ def adam_step(theta, gradient, m, v, t, group):
     beta_1, beta_2 = group["betas"]
     m = beta_1 * m + (1 - beta_1) * gradient
     v = beta_2 * v + (1 - beta_2) * gradient**2
-    m_hat = m / -torch.expm1(t * math.log(beta_1))  # 1 - beta_1^t, without float32's loss of digits ...
-    v_hat = v / -torch.expm1(t * math.log(beta_2))  # ... where that is near 0
+    m_hat = m / -torch.expm1(t * math.log(beta_1))  # m / (1 - beta_1^t): expm1 keeps the digits that ...
+    v_hat = v / -torch.expm1(t * math.log(beta_2))  # ... float32 would lose of 1 - beta_2^t, which is near 0
     return theta - group["lr"] * m_hat / ((v_hat + TINY).sqrt() + group["eps"]), m, v
 
 

@@ -157,7 +157,7 @@ def _load_folder(folder, size, seed):
 def _read_attributes(folder, paths):
     """Names of the attributes and labels bool [M, A] of the images at paths. No names where no file has all images.
 
-    The file is the first of ATTRIBUTE_FILES in the folder, or in up to two above it, or in a folder Anno in one of them.
+    The file is the first of ATTRIBUTE_FILES in the folder, in one of the two above it, or in a folder Anno in these.
     """
     above = Path(os.path.abspath(folder), "x").parents[:3]
     places = [Path(place, inside, name) for place in above for inside in ("", "Anno") for name in ATTRIBUTE_FILES]

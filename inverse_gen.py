@@ -3,7 +3,6 @@
 # dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
 # ///
 """Learning inverse mapping by autoencoder based generative adversarial nets (Luo, Xu, Tang, Lv, 2017).
-
 https://arxiv.org/abs/1703.10094
 
 First a DCGAN is trained, then its generator G is frozen and made the decoder of an autoencoder, whose encoder, the
@@ -17,16 +16,14 @@ The codes IG(x) of real images say what they show: the nearest code finds a simi
 
 paper -> code
     Section 3    noise z, x = G(z), z' = IG(x), x' = G(z'), where G(z) is generate(G, z); E of Eq. 1 is IG
-    Tables 3-5   G, D, IG                             Generator, Discriminator, InverseGenerator
-    Table 6      D of the BiGAN                       PairDiscriminator
+    Tables 3-6   G, D, IG, the BiGAN's D              Generator, Discriminator, InverseGenerator, PairDiscriminator
     Eq. 1        the BiGAN, a baseline                bigan_losses; --method bigan
     Eq. 2        gradient search for z, a baseline    search_codes; --method search
     Eq. 3        direct training, a baseline          direct_losses; --method direct
     Eq. 4        the DCGAN                            gan_losses; discriminator_loss, generator_loss
     Eq. 5, 7     cross-entropy V(x)                   cross_entropy
     Algorithm 1  the paper's AEGAN, Eq. 6 to 8        aegan_losses, train_step (not the AEGAN of aegan.py)
-    Figure 2     reconstructed samples                save_figures
-    Table 1      their similarity by dHash            dhash; measure_inversion: dhash_similarity
+    Figure 2     reconstructed samples; Table 1       save_figures; measure_inversion: dhash_similarity
     Figures 3, 4 search with changed, other images    change_images, save_found; measure_search: search_top1_...
     Table 2      label similarity of what is found    label_agreement
     Section 4.2  dHash, pHash, colour histogram       dhash, phash, colour_histogram; describe, distances
@@ -41,15 +38,12 @@ Rulings, where the paper is silent or contradicts itself
     - Eq. 3 has labels, Section 4.1 has none: none. Eq. 3 and 5 are means over dimensions or pixels.
     - Eq. 8 prints a plain gradient step, the Appendix has Adam: Adam.
     - Eq. 2 has no start, rate or end. We start from z = 0, keep z in [-1, 1]: --search-rate, --search-steps.
-    - dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, compared by intersection.
-    - Figure 3 has 16 queries, four images changed in four ways; Figure 4 has 64. Both, and Tables 1 and 2, are scored
-      on up to 256 images; where several are nearest, each has its share.
-    - Figure 5 names no blur: 1/16 of the side.
+    - Not said either: dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, blur 1/16 of the side.
+    - Tables 1 and 2 and Figure 3's search are scored on up to 256 images, with gradient search on 64.
 Departures
     - G minimises -log D(G(z)), as DCGAN does. G and IG of the BiGAN have labels swapped, as in BiGAN's code.
     - D and G step at once; in DCGAN D is first. D(x) and D(G(z)) are normalised each by its own batch, as there.
     - The two kinds of pairs of the BiGAN are normalised by one batch, because samples collapsed with two.
-    - The gallery are the first --gallery of our training images, in random order; Figure 3's queries are from it.
 """
 
 import json
@@ -63,9 +57,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DataError, draw_images, load_data, place_images, read_image, save_grid
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
+
+from common import DataError, draw_images, load_data, place_images, read_image, save_grid
 
 NAME = "inverse_gen"
 METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
@@ -74,7 +69,6 @@ IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
-BLUR = 1 / 16  # standard deviation of Figure 5, and of our blur in Figure 3, in sides of the image
 EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # at least 1
 COUNTS += ("log_every", "save_every")
@@ -183,27 +177,20 @@ def generator_loss(d_fake):
 
 
 def cross_entropy(logits, x):
-    """Eq. 5, Eq. 7, V(x): -x log x' - (1 - x) log(1 - x'), the mean over pixels; x' is the sigmoid of G's logits.
-
-    logits: what the network G gives for IG(x), x: images in [0, 1]; [N, 3, S, S]. Least where x' = x.
-    """
+    """Eq. 5, Eq. 7, V(x): -x log x' - (1 - x) log(1 - x'), the mean over pixels, which is least where x' = x. x: images
+    [N, 3, S, S] in [0, 1]. logits: what the network G gives for IG(x), x' before its sigmoid."""
     return F.binary_cross_entropy_with_logits(logits, x)
 
 
 def gan_losses(nets, x, z):
-    """The DCGAN, Eq. 4: images x [N, 3, S, S] in [0, 1], latents z [M, Z] in [-1, 1] -> L_D for D, L_G for G.
-
-    The networks have to be in training mode.
-    """
+    """The DCGAN, Eq. 4, in training mode: images x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G."""
     d_real, d_fake = nets["D"](x), nets["D"](generate(nets["G"], z))
     return {"L_D": discriminator_loss(d_real, d_fake), "L_G": generator_loss(d_fake)}
 
 
 def aegan_losses(nets, _, z):
-    """AEGAN, Algorithm 1: latents z [N, Z] in [-1, 1] -> L_IG for IG to minimise. Real images are not used.
-
-    G has to be in evaluation mode. Its weights are not frozen otherwise: a plain backward() would reach them, too.
-    """
+    """AEGAN, Algorithm 1: latents z [N, Z] in [-1, 1] -> L_IG for IG to minimise. Real images are not used. G has to be
+    in evaluation mode, IG in training mode. A plain backward() would reach G, too: see train_step."""
     with torch.no_grad():
         x = generate(nets["G"], z)  # step 1
     z_prime = nets["IG"](x)  # step 2, Eq. 6: z'
@@ -219,16 +206,12 @@ def direct_losses(nets, _, z):
 
 
 def bigan_losses(nets, x, z):
-    """The BiGAN, Eq. 1: images x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG.
-
-    The networks have to be in training mode.
-    """
+    """The BiGAN, Eq. 1, in training mode: x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG."""
     images = torch.cat([x, generate(nets["G"], z)])
     latents = torch.cat([nets["IG"](x), z])
     d_of_x, d_of_z = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)), (G(z), z): one batch norm
-    L_D = discriminator_loss(d_of_x, d_of_z)
-    L_G = discriminator_loss(d_real=d_of_z, d_fake=d_of_x)  # labels swapped
-    return {"L_D": L_D, "L_G": L_G}
+    swapped = discriminator_loss(d_real=d_of_z, d_fake=d_of_x)
+    return {"L_D": discriminator_loss(d_of_x, d_of_z), "L_G": swapped}
 
 
 LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bigan": bigan_losses}
@@ -280,6 +263,12 @@ def train_step(nets, optimizer, stage, x, z):
     return {name: loss.detach() for name, loss in losses.items()}
 
 
+def stage_of(step, method, gan_steps):
+    """The stage of a step, see train_step: first the DCGAN's, then IG's (Section 3.2), but for bigan and search."""
+    with_gan = method == "search" or (method != "bigan" and step <= gan_steps)
+    return "gan" if with_gan else method
+
+
 def record(step, inputs):
     """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
     values, so read these before the next one."""
@@ -301,10 +290,8 @@ def record(step, inputs):
 
 @torch.enable_grad()
 def search_codes(G, steps, rate, x):
-    """Eq. 2: z - alpha grad_z of the cross-entropy of x and G(z), steps times from z = 0. x: [N, 3, S, S] -> [N, Z].
-
-    G: in evaluation mode. rate: alpha, for the mean over the pixels of an image.
-    """
+    """Eq. 2: z - alpha grad_z of the cross-entropy of x and G(z), steps times from z = 0: [N, 3, S, S] -> [N, Z]. G: in
+    evaluation mode. rate: alpha, for the mean over the pixels of an image."""
     z = torch.zeros(len(x), G[0].in_features, dtype=x.dtype, device=x.device)
     for _ in range(steps):
         z.requires_grad_()
@@ -336,35 +323,26 @@ def colour_histogram(x):
     """Shares of an image's pixels in 8x8x8 boxes of colour: [N, 3, S, S] -> [N, 512]."""
     red, green, blue = (x * 8).long().clamp(0, 7).flatten(2).unbind(1)  # (N, S^2) each
     boxes = 64 * red + 8 * green + blue
-    counts = torch.zeros(len(x), 512, device=x.device)
-    counts.scatter_add_(1, boxes, torch.ones_like(boxes, dtype=torch.float32))
-    return counts / boxes.shape[1]
-
-
-DESCRIPTORS = {"dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}  # those of Section 4.2 but codes
+    return torch.stack([image.bincount(minlength=512) for image in boxes]) / boxes.shape[1]
 
 
 @torch.no_grad()
-def describe(parts, invert, untrained=None):
-    """What is compared, of images, an iterable of [n, 3, S, S] in [0, 1]: {name: [M, features]}.
-
-    Codes, DESCRIPTORS, and the controls: raw pixels and, if there is an untrained network, its codes.
-    """
-    functions = {"codes": invert, **DESCRIPTORS, "pixels": lambda x: x.flatten(1)}
-    if untrained:
-        functions["untrained"] = untrained
-    rows = [{name: function(x) for name, function in functions.items()} for x in parts]
-    return {name: torch.cat([row[name] for row in rows]) for name in functions}
+def describe(x, descriptors):
+    """Images x [N, 3, S, S] in [0, 1] by each of the descriptors, functions by name: {name: [N, features]}."""
+    rows = []
+    for part in x.split(250):
+        rows.append({name: function(part) for name, function in descriptors.items()})
+        if len(rows) % 4 == 0:
+            print(f"described {250 * len(rows)} of {len(x)} images", file=sys.stderr, flush=True)
+    return {name: torch.cat([row[name] for row in rows]) for name in descriptors}
 
 
 def distances(queries, gallery):
-    """Distances of two results of describe: {name: [Q, M]}.
-
-    Of hashes the number of bits that differ; of histograms 2 - 2 times their intersection; else the Euclidean distance.
-    """
+    """Distances of two results of describe: {name: [Q, M]}. Of hashes the number of bits that differ, of histograms 2
+    minus twice their intersection, else the Euclidean distance."""
     found = {}
     for name in queries:
-        power = 1.0 if name in DESCRIPTORS else 2.0
+        power = 1.0 if name in ("dhash", "phash", "colour_histogram") else 2.0
         exact = "donot_use_mm_for_euclid_dist"  # so that an image's distance to itself is 0
         found[name] = torch.cdist(queries[name], gallery[name], p=power, compute_mode=exact)
     return found
@@ -383,15 +361,14 @@ def label_agreement(distance, query_labels, gallery_labels):
 
 
 def blur(x):
-    """Gaussian blur of 1/16 of the side: [N, 3, S, S] -> [N, 3, S, S]."""
-    sigma = BLUR * x.shape[-1]
+    """Gaussian blur, in Figure 5 and ours in Figure 3, of 1/16 of the side: [N, 3, S, S] -> [N, 3, S, S]."""
+    sigma = x.shape[-1] / 16
     return transforms.gaussian_blur(x, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)
 
 
 def wear_sunglasses(x):
     """Black glasses at the eyes of a centred face (CelebA's or common.py's): [N, 3, S, S] -> [N, 3, S, S]."""
-    size = x.shape[-1]
-    place = (torch.arange(size, device=x.device) + 0.5) / size  # of the pixels, in sides of the image
+    place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]  # of the pixels, in sides of the image
     down = place[:, None] - 0.52  # from the eyes
     across = (place - 0.5).abs()  # from the nose
     glass = ((across - 0.11) / 0.095) ** 2 + (down / 0.075) ** 2 < 1  # an ellipse on each side
@@ -401,63 +378,57 @@ def wear_sunglasses(x):
 
 def change_images(x):
     """Figure 3: images x [N, 3, S, S] in [0, 1], changed in four ways, blur and crop being ours: {name: same shape}."""
-    size, margin = x.shape[-1], max(1, round(0.05 * x.shape[-1]))
+    margin = max(1, round(0.05 * x.shape[-1]))  # of the crop: the middle 0.9 are left
     return {
         "colour": transforms.adjust_saturation(transforms.adjust_hue(x, 0.1), 0.5),
         "sunglasses": wear_sunglasses(x),
         "blur": blur(x),
-        "crop": transforms.resize(x[..., margin:-margin, margin:-margin], [size, size], antialias=True).clamp(0, 1),
+        "crop": transforms.resize(x[..., margin:-margin, margin:-margin], x.shape[2:], antialias=True).clamp(0, 1),
     }
 
 
-def save_images(path, *batches, **options):
-    """save_grid of images in [0, 1]."""
-    save_grid(path, *(2 * images - 1 for images in batches), **options)
-
-
-def l1_of_signed(images, others):
-    """The mean absolute difference of images in [0, 1] as it is in [-1, 1], where the other scripts give theirs."""
-    return 2 * F.l1_loss(images, others).item()
-
-
-def save_found(path, invert, queries, gallery, described, per_row):
-    """Figures 3 and 4: queries [Q, 3, S, S] in [0, 1], per_row of them a row, each with the nearest of the gallery,
-    uint8 [M, 3, S, S], by codes and by each of the DESCRIPTORS. described: describe() of the gallery."""
-    found = distances(describe([queries], invert), described)
-    shown = [found[name].argmin(1).cpu() for name in ("codes", *DESCRIPTORS)]
-    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]
-    results = [to_unit(gallery[index]) for index in shown]
-    save_images(path, queries.cpu(), *results, columns=per_row, captions=captions)
+def to_signed(x):
+    """Images in [0, 1] -> in [-1, 1], where save_grid takes them, and the other scripts measure differences."""
+    return 2 * x - 1
 
 
 @torch.no_grad()
-def save_figures(nets, invert, data, z, out, step, described=None):
-    """samples_<step>.png, with invert reconstructions_<step>.png, (x, G(IG(x))), and with described Figures 2 to 5.
-
-    data: the first held-out images are shown, in Figure 3 the first of the gallery, a row each of colour, sunglasses,
-    blur, crop. z: latents [N, Z], of which 100 are shown. described: describe() of the gallery.
-    """
-    modes = {name: net.training for name, net in nets.items()}
+def save_figures(nets, invert, data, z, out, step):
+    """samples_<step>.png of 100 of the latents z [N, Z]. With invert reconstructions_<step>.png, (x, G(IG(x))), of 40
+    held-out images, and Figures 2 and 5, of samples."""
+    modes = [(module, module.training) for module in nets.modules()]
     nets.eval()
-    x = to_unit(data.heldout[:64]).to(z.device)
-    generated = generate(nets["G"], z[:100])
-    save_images(out / f"samples_{step}.png", generated)
+    samples = generate(nets["G"], z[:100])
+    save_grid(out / f"samples_{step}.png", to_signed(samples))
     if invert:
-        save_images(out / f"reconstructions_{step}.png", x[:40], generate(nets["G"], invert(x[:40])), columns=5)
-    if described:
-        forty = generated[:40]
-        save_images(out / "figure2_pairs.png", forty, generate(nets["G"], invert(forty)), columns=5)
-        gallery = data.train[: len(described["codes"])]
-        four = to_unit(gallery[:4]).to(z.device)
-        changed = torch.cat(list(change_images(four).values()))
-        save_found(out / "figure3_changed.png", invert, changed, gallery, described, len(four))
-        save_found(out / "figure4_found.png", invert, x, gallery, described, 4)
-        few = generated[:24]
-        restored = generate(nets["G"], invert(blur(few)))
+        x = to_unit(data.heldout[:40].to(z.device))
+        for name, images in {f"reconstructions_{step}.png": x, "figure2_pairs.png": samples[:40]}.items():
+            again = generate(nets["G"], invert(images))
+            save_grid(out / name, to_signed(images), to_signed(again), columns=5)
+        blurred = blur(samples[:24])
+        restored = generate(nets["G"], invert(blurred))
+        triples = to_signed(samples[:24]), to_signed(blurred), to_signed(restored)
         captions = [["original"], ["blurred"], ["restored"]]
-        save_images(out / "figure5_deblurred.png", few, blur(few), restored, columns=3, captions=captions)
-    for name, net in nets.items():
-        net.train(modes[name])
+        save_grid(out / "figure5_deblurred.png", *triples, columns=3, captions=captions)
+    for module, training in modes:
+        module.training = training
+
+
+@torch.no_grad()
+def save_found(out, descriptors, data, described):
+    """Figure 3, of the gallery's first four images, a row each of colour, sunglasses, blur, crop, and Figure 4, of up
+    to 64 held-out images, with what is found by codes, dHash, pHash and colours. Arguments as in measure_search."""
+    codes = described["codes"]
+    gallery = data.train[: len(codes)]
+    four = to_unit(gallery[:4].to(codes.device))
+    changed = torch.cat(list(change_images(four).values()))
+    others = to_unit(data.heldout[:64].to(codes.device))
+    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]
+    for file, queries in {"figure3_changed.png": changed, "figure4_found.png": others}.items():
+        found = distances(describe(queries, descriptors), described)
+        index = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]
+        shown = [queries.cpu(), *(to_unit(gallery[i]) for i in index)]
+        save_grid(out / file, *map(to_signed, shown), columns=len(four), captions=captions)
 
 
 def sample_diversity(samples, images):
@@ -466,61 +437,60 @@ def sample_diversity(samples, images):
 
 
 @torch.no_grad()
-def measure_inversion(nets, invert, data, z):
-    """Table 1 and Figure 5, of images generated from z [N, Z], and reconstructions of up to 1,000 held-out images.
-
-    The networks have to be in evaluation mode. Differences are of images in [-1, 1].
-    """
-    G = nets["G"]
-    x = to_unit(data.heldout[:1000]).to(z.device)
-    x_prime = torch.cat([generate(G, invert(part)) for part in x.split(250)])
+def measure_inversion(nets, invert, data, z, count):
+    """Table 1 and Figure 5, of images generated from z [N, Z], and reconstructions of up to count held-out images."""
+    modes = [(module, module.training) for module in nets.modules()]
+    nets.eval()
+    x = to_unit(data.heldout[:count].to(z.device))
+    x_prime = torch.cat([generate(nets["G"], invert(part)) for part in x.split(250)])
     mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)
-    generated = generate(G, z)
-    again = generate(G, invert(generated))
-    restored = generate(G, invert(blur(generated)))
+    samples = generate(nets["G"], z)
+    again = generate(nets["G"], invert(samples))
+    restored = generate(nets["G"], invert(blur(samples)))
+    for module, training in modes:
+        module.training = training
     return {
-        "dhash_similarity": (dhash(generated) == dhash(again)).float().mean().item(),  # the share of equal bits
+        "dhash_similarity": (dhash(samples) == dhash(again)).float().mean().item(),  # the share of equal bits
         "dhash_similarity_of_unlike": (dhash(x) == dhash(x.roll(1, dims=0))).float().mean().item(),  # chance
-        "deblur_l1_before": l1_of_signed(blur(generated), generated),
-        "deblur_l1_after": l1_of_signed(restored, generated),
-        "sample_diversity": sample_diversity(generated, x[: len(z)]),
-        "heldout_l1": l1_of_signed(x_prime, x),
-        "heldout_l1_of_mean_image": l1_of_signed(mean_image.expand_as(x), x),
+        "deblur_l1_before": F.l1_loss(to_signed(blur(samples)), to_signed(samples)).item(),
+        "deblur_l1_after": F.l1_loss(to_signed(restored), to_signed(samples)).item(),
+        "sample_diversity": sample_diversity(samples, x[: len(z)]),
+        "heldout_l1": F.l1_loss(to_signed(x_prime), to_signed(x)).item(),
+        "heldout_l1_of_mean_image": F.l1_loss(to_signed(mean_image).expand_as(x), to_signed(x)).item(),
     }
 
 
 @torch.no_grad()
-def measure_search(invert, untrained, data, described, count, device):
-    """Table 2 and Figure 3, of up to count images. described: describe() of the gallery, the first of data.train."""
-    gallery_size = len(described["codes"])
+def measure_search(descriptors, data, described, count):
+    """Table 2, where the data have attributes, and Figure 3, of up to count images. descriptors: as in describe, with
+    networks in evaluation mode. described: describe() of the gallery, the first images to train on."""
+    codes = described["codes"]
     results = {}
     if data.attributes:
-        x = to_unit(data.heldout[:count]).to(device)
-        found = distances(describe(x.split(250), invert, untrained), described)
+        found = distances(describe(to_unit(data.heldout[:count].to(codes.device)), descriptors), described)
         found["any_image"] = torch.zeros_like(found["codes"])  # all are as near
-        labels = data.heldout_labels[:count].to(device), data.train_labels[:gallery_size].to(device)
+        labels = data.heldout_labels[:count].to(codes.device), data.train_labels[: len(codes)].to(codes.device)
         for name, distance in found.items():
             results[f"label_agreement_{name}"] = label_agreement(distance, *labels)
-    originals = to_unit(data.train[: min(count, gallery_size)]).to(device)
+    originals = to_unit(data.train[: min(count, len(codes))].to(codes.device))
     for change, changed in change_images(originals).items():
-        found = distances(describe(changed.split(250), invert, untrained), described)
+        found = distances(describe(changed, descriptors), described)
         for name, distance in found.items():
             results[f"search_top1_{change}_{name}"] = nearest(distance).diagonal().mean().item()
     return results
 
 
 @torch.no_grad()
-def save_query(path, invert, x, data, count, device):
-    """--query: print which nine of the first count training images have the codes nearest to that of the image x, uint8
-    [3, S, S], and save them as a picture."""
-    gallery = data.train[:count]
-    codes = torch.cat([invert(to_unit(part).to(device)) for part in gallery.split(250)])
-    distance = torch.cdist(invert(to_unit(x[None]).to(device)), codes, compute_mode="donot_use_mm_for_euclid_dist")[0]
-    shortest, index = (found.tolist() for found in distance.topk(min(9, len(distance)), largest=False))
-    for d, i in zip(shortest, index):
-        print(f"{d:8.3f}  {data.paths[i] if data.paths else f'training image {i}'}")
+def save_query(path, invert, x, gallery, paths):
+    """--query: print which nine of the gallery, uint8 [M, 3, S, S], have the codes nearest to that of x, [3, S, S], and
+    save them as a picture. invert: in evaluation mode. paths: of the gallery, or ()."""
+    query, found = (describe(to_unit(images), {"codes": invert}) for images in (x[None], gallery))
+    distance = distances(query, found)["codes"][0]
+    shortest, index = distance.topk(min(9, len(distance)), largest=False)
+    for d, i in zip(shortest.tolist(), index.tolist()):
+        print(f"{d:8.3f}  {paths[i] if paths else f'training image {i}'}")
     captions = [["query", *(f"{d:.2f}" for d in shortest)]]
-    save_images(path, to_unit(torch.cat([x[None], gallery[index]])), captions=captions)
+    save_grid(path, to_signed(to_unit(torch.cat([x[None], gallery[index]]))), captions=captions)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -539,11 +509,11 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--method", choices=METHODS, default="aegan", help="how G is inverted: the paper's way, or one of Section 2's")
-    add("--query", metavar="IMAGE", help="no training: which of the run's --gallery are most like this file")
+    add("--query", metavar="IMAGE", help="no training: which of the first --gallery training images are like this")
     add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN, then IG (bigan: none; search: all steps)")
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
-    add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
+    add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2; quick search 250)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
     add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -559,7 +529,6 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-
     args = parser.parse_args(argv)
     path = Path(args.out, "checkpoint.pt")
     checkpoint = None
@@ -575,6 +544,8 @@ def parse_args(argv):
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
+        if args.method == "search":
+            parser.set_defaults(gallery=250)  # each takes long
     args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
@@ -588,13 +559,6 @@ def parse_args(argv):
     if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
-
-
-def stage_of(step, method, gan_steps):
-    """What is trained at a step: first G (and D) of the DCGAN, then IG (Section 3.2), or all the time the same."""
-    if method == "search" or method != "bigan" and step <= gan_steps:
-        return "gan"
-    return method
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -638,13 +602,11 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     invert = nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], args.search_steps, args.search_rate)
-    run = {
-        name: value for name, value in vars(args).items() if name not in ("out", "resume", "query", "device", "graph")
-    }
+    run = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "query", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     if args.query:
         nets.eval()
-        save_query(out / "query.png", invert, query, data, args.gallery, device)
+        save_query(out / "query.png", invert, query.to(device), data.train[: args.gallery].to(device), data.paths)
         return
     print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
@@ -683,14 +645,18 @@ def main(argv=None):
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     nets.eval()
+    if begin == args.steps or args.method == "search":  # a finished run's are made again; search had no codes
+        save_figures(nets, invert, data, z_shown, out, args.steps)
     torch.manual_seed(0)
     untrained = InverseGenerator(args.image_size, args.channels, args.latent_dim).to(device).eval()
-    print(f"describing {len(data.train[: args.gallery])} images of the gallery", flush=True)
-    parts = (to_unit(part).to(device) for part in data.train[: args.gallery].split(250))
-    described = describe(parts, invert, untrained)
-    save_figures(nets, invert, data, z_shown, out, args.steps, described)
-    results = measure_inversion(nets, invert, data, z_shown)
-    results |= measure_search(invert, untrained, data, described, len(z_shown), device)
+    descriptors = {"codes": invert, "dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}
+    descriptors |= {"pixels": nn.Flatten(), "untrained": untrained}  # to compare with: no method is in them
+    print("describing the gallery, for the search", flush=True)
+    described = describe(to_unit(data.train[: args.gallery].to(device)), descriptors)
+    save_found(out, descriptors, data, described)
+    count = 64 if args.method == "search" else 1000  # images that are measured: gradient search is slow
+    results = measure_inversion(nets, invert, data, z_shown[:count], count)
+    results |= measure_search(descriptors, data, described, len(z_shown[:count]))
     for name, value in results.items():
         print(f"{name:40}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity

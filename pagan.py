@@ -5,7 +5,6 @@
 """Pairwise augmented GANs with adversarial reconstruction loss (Alanov, Kochurov, Yashkov, Vetrov, 2018).
 
 https://arxiv.org/abs/1810.04920, of which the slides of 5 December 2018 are implemented
-
 A generator G from latents to images and an encoder E from images to latents, E(x) being a sample of a Gaussian q(z|x).
 What makes G(E(x)) like x is not a distance of pixels but a discriminator on pairs D(x, y): it tells (x, a(x)), an image
 and a random augmentation of it, from (x, G(E(x))). So G(E(x)) must show what x shows, but not at the same pixels. D(x)
@@ -24,15 +23,15 @@ slides -> code
     Matching Encoder to Prior  D_z: L_d_z, and the first term of L_e, in pagan_losses
     Conditional Distributions  q(z|x): reparameterise; r(y|x): AUGMENTATIONS
     Augmentation Function      blur, contrast, crop; figure: save_figures
-    Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1
-    Drawbacks (table)          measure: l1_of_blur, l2_of_crop, ...
+    Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1; L2, perceptual: left out
+    Drawbacks (table)          measure: l1_of_blur, l2_of_crop, ...; perceptual: left out
     Samples, Reconstructions   save_figures
     Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
-    Ablation, Augmentation     --reconstruction l1, --augmentation none; --augmentation, --crop
+    Ablation, Augmentation     --reconstruction l1, --augmentation none; --augmentation, --crop; other models: left out
 
 Rulings, where the slides are silent or disagree with themselves
     - They name no networks. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage less or
-      more for 16x16 and 64x64. That table has no norm after G's dense layer; DCGAN has one, and so have we.
+      more for 16x16 and 64x64. G's dense layer has batch norm, too, as in public code of SNGAN (chainer-gan-lib).
     - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
     - They name no settings. We take 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
     - PAGAN-L1, PAGAN-NOAUG and AUG are not defined. We read: L1 for D_xx; a(x) = x; a(x) for G(E(x)).
@@ -58,12 +57,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from common import DataError, draw_images, load_data, place_images, save_grid, to_float
+
 NAME = "pagan"
-IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
+IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths from S to 4x4, in --channels
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
@@ -72,8 +72,7 @@ CONTRAST = (0.5, 1.5)  # least and greatest factor
 EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
 WEIGHTS = ("lr", "crop", "l1_weight")  # at least 0
-MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
-INCEPTION = "inception_v3_google-0cc3c7bd.pth"  # Inception's weights, in torchvision's cache
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: same images
 QUICK = {
     "image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2200, "lr": 3e-4,
     "save_every": 1000,
@@ -83,16 +82,11 @@ QUICK = {
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
-def conv_widths(image_size, channels):
-    """Channels of the stages from S to 8x8, and of the 4x4 map: c, 2c, 4c, 8c where S = 32."""
-    return [channels * 2**i for i in range(IMAGE_SIZES[image_size] + 1)]
-
-
 class Generator(nn.Sequential):
     """G: latents z [N, Z] -> images [N, 3, S, S] in [-1, 1]."""
 
     def __init__(self, image_size, channels, latent_dim):
-        widths = conv_widths(image_size, channels)[::-1]
+        widths = [channels * w for w in reversed(IMAGE_SIZES[image_size])]
         layers = [nn.Linear(latent_dim, widths[0] * 4 * 4), nn.Unflatten(1, (widths[0], 4, 4))]
         layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for c_in, c_out in zip(widths, widths[1:]):
@@ -104,7 +98,7 @@ class Encoder(nn.Sequential):
     """E, or q(z|x): images x [N, 3, S, S] in [-1, 1] -> means and log-variances [N, 2 Z]."""
 
     def __init__(self, image_size, channels, latent_dim):
-        widths = conv_widths(image_size, channels)
+        widths = [channels * w for w in IMAGE_SIZES[image_size]]
         layers = [nn.Conv2d(3, channels, 3, 1, 1), nn.BatchNorm2d(channels), nn.LeakyReLU(LEAK)]
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [nn.Conv2d(c_in, c_out, 4, 2, 1), nn.BatchNorm2d(c_out), nn.LeakyReLU(LEAK)]
@@ -115,11 +109,11 @@ class ImageDiscriminator(nn.Sequential):
     """D_x and D_xx: one or two images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
 
     def __init__(self, image_size, channels, images):
-        widths = conv_widths(image_size, channels)
+        widths = [channels * w for w in IMAGE_SIZES[image_size]]
         layers = [spectral_norm(nn.Conv2d(3 * images, channels, 3, 1, 1)), nn.LeakyReLU(LEAK)]
-        for c, c_next in zip(widths, widths[1:]):
-            layers += [spectral_norm(nn.Conv2d(c, c, 4, 2, 1)), nn.LeakyReLU(LEAK)]
-            layers += [spectral_norm(nn.Conv2d(c, c_next, 3, 1, 1)), nn.LeakyReLU(LEAK)]
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [spectral_norm(nn.Conv2d(c_in, c_in, 4, 2, 1)), nn.LeakyReLU(LEAK)]
+            layers += [spectral_norm(nn.Conv2d(c_in, c_out, 3, 1, 1)), nn.LeakyReLU(LEAK)]
         super().__init__(*layers, nn.Flatten(), spectral_norm(nn.Linear(widths[-1] * 4 * 4, 1)))
 
     def forward(self, *images):
@@ -152,22 +146,20 @@ def build_networks(reconstruction, image_size, channels, latent_dim):
 
 def crop(x, u, p):
     """Pad + crop: images padded with their reflection by p of their side, and S x S pixels of that from a random place.
-
-    x: [N, 3, S, S]; ValueError if not square. u: [N, 2] in [0, 1), where to cut, down and across. Returns [N, 3, S, S].
-    """
+    x: [N, 3, S, S]; ValueError if not square. u: [N, 2] in [0, 1), where to cut, down and across. -> [N, 3, S, S]."""
     size = x.shape[-1]
     if x.shape[-2] != size:
         raise ValueError(f"images [N, 3, {x.shape[-2]}, {size}]: they must be square")
     pad = round(p * size)
     offsets = (u * (2 * pad + 1)).long()  # from 0 to twice the padding
     pixels = offsets[:, :, None] + torch.arange(size, device=x.device)  # (N, 2, S): the rows and the columns to keep
-    rows = pixels[:, 0, None, :, None].expand(-1, 3, -1, size + 2 * pad)
-    columns = pixels[:, 1, None, None, :].expand(-1, 3, size, -1)
+    rows = pixels[:, 0, None, :, None].expand(-1, 3, -1, size + 2 * pad)  # (N, 3, S, S + 2 pad)
+    columns = pixels[:, 1, None, None, :].expand(-1, 3, size, -1)  # (N, 3, S, S)
     return F.pad(x, (pad, pad, pad, pad), mode="reflect").gather(2, rows).gather(3, columns)
 
 
 def blur(x, u, p=None):
-    """Gaussian blur. x: [N, 3, S, S]. u: [N, 2] in [0, 1), the first for the standard deviation. [N, 3, S, S]."""
+    """Gaussian blur. x: [N, 3, S, S]. u: [N, 2] in [0, 1), the first for the deviation. -> [N, 3, S, S]."""
     count, channels, size, _ = x.shape
     sigma = size * (BLUR[0] + (BLUR[1] - BLUR[0]) * u[:, :1])  # (N, 1)
     radius = math.ceil(3 * BLUR[1] * size)
@@ -207,7 +199,7 @@ def minus_log_not(d):
     return F.softplus(d).mean()
 
 
-def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight=None):
+def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight):
     """PAGAN, Algorithm 1: images x and x_aug ~ r(y|x) [N, 3, S, S] in [-1, 1], z [M, Z], epsilon [N, Z] ~ N(0, I).
 
     Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise. l1_weight: not used.
@@ -340,10 +332,8 @@ def reconstruction_inception_dissimilarity(log_p_x, log_p_rec):
 
 
 def inception_score(probabilities, splits=10):
-    """IS: exp(E KL(p(y|x) || p(y))), its mean and standard deviation over the splits (Salimans et al. 2016).
-
-    probabilities: p(y|x) of images x, [N, classes], N >= splits. From 1 to the number of classes.
-    """
+    """IS: exp(E KL(p(y|x) || p(y))), from 1 to C: mean and standard deviation over the splits (Salimans et al. 2016).
+    probabilities: p(y|x) of images x, [N, C], N >= splits."""
     scores = []
     for p in probabilities.tensor_split(splits):
         scores.append((torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1).mean().exp())
@@ -352,10 +342,8 @@ def inception_score(probabilities, splits=10):
 
 def frechet_inception_distance(features_a, features_b):
     """FID: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of means m and covariances C (Heusel et al. 2017).
-
-    features: [N, F] and [M, F], N, M > 1. The trace of the root is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), a symmetric
-    matrix, whose eigenvalues are found in float64 and cut off at 0: so it exists where N < F, too.
-    """
+    features: [N, F], [M, F], N, M > 1. The root's trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), a symmetric matrix;
+    its eigenvalues are cut off at 0, so it exists where N < F, too."""
     features_a, features_b = features_a.double(), features_b.double()
     cov_a, cov_b = features_a.T.cov(), features_b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
@@ -367,28 +355,26 @@ def frechet_inception_distance(features_a, features_b):
 
 def load_classifier(name, image_size, device):
     """p(y|x) by --classifier, None for none: images [N, 3, S, S] in [-1, 1] -> logits [N, C] and features [N, F].
-
-    inception: torchvision's Inception v3, from its cache or fetched by it; OSError if neither can be. Another name: a
-    TorchScript file; DataError if it is none, or does not give such tensors.
-    """
+    inception: torchvision's Inception v3, from its cache or fetched by it. Another name: a TorchScript file. DataError
+    if it cannot be had, or does not give such tensors."""
     if name == "none":
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False).eval().to(device)
-        except OSError as error:
-            advice = f"put {INCEPTION} into {torch.hub.get_dir()}/checkpoints"
-            raise OSError(f"--classifier inception cannot be fetched ({error}): {advice}") from error
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
+        except (OSError, RuntimeError) as error:  # no network, or not the whole file
+            file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
+            raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
+        net.eval().to(device)
         to_logits = net.fc
         net.fc = nn.Identity()  # so that the network gives its features
 
         def classify(x):
-            """Logits [N, 1000] and features [N, 2048]."""
             features = net(F.interpolate(x, (299, 299), mode="bilinear"))
-            return to_logits(features), features
+            return to_logits(features), features  # [N, 1000], [N, 2048]
 
         return classify
-    problem = f"--classifier {name} is not TorchScript of images of {image_size} pixels to logits and features"
+    problem = f"--classifier {name} is no TorchScript taking [N, 3, {image_size}, {image_size}] to (logits, features)"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
@@ -396,65 +382,54 @@ def load_classifier(name, image_size, device):
         logits, features = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{problem}: {error}") from error
-    if logits.ndim != 2 or features.ndim != 2 or features.shape[1] == 1:
+    if not logits.shape[:-1] == features.shape[:-1] == (2,) or features.shape[1] == 1:
         raise DataError(problem)
     return classifier
 
 
+def judge(classifier, images):
+    """log p(y|x) [N, C] and features [N, F] of images [N, 3, S, S], by load_classifier's network."""
+    logits, features = zip(*(classifier(part) for part in images.split(100)))
+    return torch.cat(logits).log_softmax(dim=1), torch.cat(features)
+
+
 @torch.no_grad()
-def measure(nets, data, z, p):
-    """The figures of merit, of up to 1,000 held-out images and latents z [N, Z], and the table of drawbacks, by p."""
+def measure(nets, data, z, augmentation, p, classifier, count):
+    """The figures of merit, of up to 1,000 held-out images and latents z [N, Z], and the table of drawbacks, by p.
+
+    With a classifier IS, FID and RID, too, of up to count held-out, training and generated images. augmentation, p:
+    a(x) of the row AUG. Controls: real images for samples, a(x) and the mean image for G(E(x)).
+    """
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
     x_rec = torch.cat([reconstruct(nets, part) for part in x.split(100)])
     mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
-    u = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
+    u = torch.rand(len(data.heldout), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
     results = {"sample_diversity": sample_diversity(nets["G"](z), x[: len(z)])}
     results["heldout_l1"] = F.l1_loss(x_rec, x).item()
     results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
     results["rmse_255"] = 127.5 * F.mse_loss(x_rec, x).sqrt().item()
-    for name, changed in {"blur": blur(x, u), "crop": crop(x, u, p)}.items():
+    for name, changed in {"blur": blur(x, u[:1000]), "crop": crop(x, u[:1000], p)}.items():
         results[f"l1_of_{name}"] = F.l1_loss(changed, x).item()
         results[f"l2_of_{name}"] = F.mse_loss(changed, x).item()
+    if classifier:
+        judged = to_float(data.heldout[:count]).to(z.device)
+        noise = torch.randn(count, z.shape[1], generator=torch.Generator().manual_seed(1)).to(z.device)
+        log_p, features = judge(classifier, judged)
+        log_p_train, features_train = judge(classifier, to_float(data.train[:count]).to(z.device))
+        log_p_pr, features_pr = judge(classifier, torch.cat([nets["G"](part) for part in noise.split(100)]))
+        log_p_rec, _ = judge(classifier, torch.cat([reconstruct(nets, part) for part in judged.split(100)]))
+        log_p_aug, _ = judge(classifier, AUGMENTATIONS[augmentation](judged, u[:count], p))
+        log_p_mean, _ = judge(classifier, mean_image.expand_as(judged))
+        results["inception_score"], results["inception_score_std"] = inception_score(log_p_pr.exp())
+        results["inception_score_of_real"], _ = inception_score(log_p_train.exp())
+        results["fid"] = frechet_inception_distance(features, features_pr)
+        results["fid_of_real"] = frechet_inception_distance(features, features_train)
+        results["rid"] = reconstruction_inception_dissimilarity(log_p, log_p_rec)
+        results["rid_of_augmentation"] = reconstruction_inception_dissimilarity(log_p, log_p_aug)
+        results["rid_of_mean_image"] = reconstruction_inception_dissimilarity(log_p, log_p_mean)
     nets.train(was_training)
-    return results
-
-
-def judge(classifier, batches):
-    """Log-probabilities [N, C] and features [N, F] of all images of the batches [n, 3, S, S]."""
-    logits, features = zip(*(classifier(batch) for batch in batches))
-    return torch.cat(logits).log_softmax(dim=1), torch.cat(features)
-
-
-@torch.no_grad()
-def measure_with_classifier(nets, data, z, augmentation, p, classifier, count):
-    """IS, FID and RID of up to count held-out, training and generated images, by load_classifier's network.
-
-    augmentation, p: a(x) of the row AUG. Controls: real images for samples, a(x) and the mean image for G(E(x)).
-    """
-    was_training = nets.training
-    nets.eval()
-    x = [to_float(part).to(z.device) for part in data.heldout[:count].split(100)]
-    x_train = (to_float(part).to(z.device) for part in data.train[:count].split(100))
-    noise = torch.randn(count, z.shape[1], generator=torch.Generator().manual_seed(1)).to(z.device)
-    u = torch.rand(count, 2, generator=torch.Generator().manual_seed(1)).to(z.device)
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
-    log_p, features = judge(classifier, x)
-    log_p_pr, features_pr = judge(classifier, (nets["G"](part) for part in noise.split(100)))
-    log_p_train, features_train = judge(classifier, x_train)
-    log_p_rec, _ = judge(classifier, (reconstruct(nets, part) for part in x))
-    log_p_aug, _ = judge(classifier, (AUGMENTATIONS[augmentation](*pair, p) for pair in zip(x, u.split(100))))
-    log_p_mean, _ = judge(classifier, (mean_image.expand_as(part) for part in x))
-    nets.train(was_training)
-    score, deviation = inception_score(log_p_pr.exp())
-    score_of_real, _ = inception_score(log_p_train.exp())
-    results = {"inception_score": score, "inception_score_std": deviation, "inception_score_of_real": score_of_real}
-    results["fid"] = frechet_inception_distance(features, features_pr)
-    results["fid_of_real"] = frechet_inception_distance(features, features_train)
-    results["rid"] = reconstruction_inception_dissimilarity(log_p, log_p_rec)
-    results["rid_of_augmentation"] = reconstruction_inception_dissimilarity(log_p, log_p_aug)
-    results["rid_of_mean_image"] = reconstruction_inception_dissimilarity(log_p, log_p_mean)
     return results
 
 
@@ -474,13 +449,11 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
-    augmentations = "a(x); none: PAGAN-NOAUG; with --reconstruction l1 only for the row AUG"
-    add("--augmentation", choices=AUGMENTATIONS, default="crop", help=augmentations)
+    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: NOAUG; with l1 only for the row AUG")
     add("--crop", type=float, default=0.1, help="padding in sides of the image; the slides try 0, 0.05, 0.1, 0.15, 0.2")
     add("--l1-weight", type=float, default=10.0, help="of the L1 loss of PAGAN-L1")
-    files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
-    add("--classifier", default="none", help=files)
-    add("--samples", type=int, default=10_000, help="generated and, at most, training images that are judged")
+    add("--classifier", default="none", help="none, inception or a TorchScript file, as tests/make_classifier.py makes")
+    add("--samples", type=int, default=10_000, help="samples, and at most held-out and training images, to judge")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
     add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -496,7 +469,6 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-
     args = parser.parse_args(argv)
     path = Path(args.out, "checkpoint.pt")
     checkpoint = None
@@ -566,9 +538,9 @@ def main(argv=None):
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
     run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
-    model = f"pair, {args.augmentation}" if args.reconstruction == "pair" else "l1"
-    kind = f"{model} (crop: {round(args.crop * args.image_size)} pixels)"
-    print(f"{kind} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
+    use = "" if args.reconstruction == "pair" else " only for the row AUG"
+    a_x = f"a(x){use}: {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels)"
+    print(f"{args.reconstruction}, {a_x} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
     step_function = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
@@ -604,10 +576,7 @@ def main(argv=None):
 
     if begin == args.steps:  # a finished run: its figures are made again
         save_figures(nets, data, z_shown, out, begin, args.crop)
-    results = measure(nets, data, z_shown, args.crop)
-    if classifier:
-        judged = nets, data, z_shown, args.augmentation, args.crop, classifier, args.samples
-        results |= measure_with_classifier(*judged)
+    results = measure(nets, data, z_shown, args.augmentation, args.crop, classifier, args.samples)
     for name, value in results.items():
         print(f"{name:26}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity

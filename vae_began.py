@@ -12,7 +12,7 @@ says how much D minds the fakes; a PID controller moves it so that the losses of
 and G learn to give back x: in its pixels, and in what D's encoder makes of it, a similarity that is learned.
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
-    python vae_began.py --data img_align_celeba/          # the paper's; list_attr_celeba.txt beside it has attributes
+    python vae_began.py --data img_align_celeba/ --out runs/celeba  # the paper's; list_attr_celeba.txt beside it
     python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
@@ -44,6 +44,7 @@ Rulings, where the paper is silent or contradicts itself
     - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128 (64 below 128x128 is ours).
     - Section 4's three pairs of convolutions are those of 32x32: we use log2(S) - 2, four at 64x64.
     - Batches of 16 and 64 latents are BEGAN's. Adam's betas and initial weights are torch's.
+    - Eq. 9 needs E. In BEGAN* + LSM, which has none, L_s is |z_d - z_g'| / |z_d|, of x and an unrelated x_g.
     - Codes of real images are E's means. Figure 6 is of real images, as in its text; its caption says generated ones.
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
@@ -75,7 +76,7 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
     "began-lsm": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began": {"beta": 0.0, "gains": [1e-3, 0.0, 0.0]},
 }
-IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # and the n of each
+IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # side of the images: n, the width of their networks
 BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R = log2(S) - 2
 EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options of at least 1
@@ -188,10 +189,8 @@ def balance(L_d, L_fake, eta):
 
 def vae_began_losses(nets, weights, x, z_g, epsilon):
     """Algorithm 1, one forward pass: images x [N, 3, S, S] in [-1, 1], z_g [M, Z], epsilon [N, Z] ~ N(0, I).
-
     Returns {name: scalar}: L_enc, L_gen and L_dis for E, G and D to minimise, their terms, k, and what balance gives.
-    weights: alpha, beta, gamma, eta by name.
-    """
+    weights: alpha, beta, gamma, eta by name."""
     alpha, beta, gamma = weights["alpha"], weights["beta"], weights["gamma"]
     k = nets["controller"].k.clone()  # k_{t-1}: the controller writes k_t into the same tensor
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
@@ -224,7 +223,8 @@ def began_losses(nets, weights, x, z_g, epsilon=None):
     k = nets["controller"].k.clone()  # k_{t-1}, as above
     x_g = nets["G"](z_g)
     x_prime, z_prime = nets["D"](torch.cat([x, x_g]))
-    (x_prime_d, x_prime_g), (z_d, z_prime_g) = x_prime.chunk(2), z_prime.chunk(2)
+    x_prime_d, x_prime_g = x_prime.chunk(2)
+    z_d, z_prime_g = z_prime.chunk(2)
     L_d, L_g = F.l1_loss(x_prime_d, x), F.l1_loss(x_prime_g, x_g)  # Eq. 7
     L_s = F.l1_loss(z_prime_g, z_d)  # Eq. 9
     L_gen = L_g + weights["beta"] * L_s  # Eq. 14
@@ -306,12 +306,10 @@ def save_interpolations(path, nets, x_1, x_2, columns=8):
     save_grid(path, x_1, *between, x_2, columns=1)
 
 
-@torch.no_grad()
 def attribute_directions(nets, data, device):
     """Section 5.5: for each attribute, the mean code of training images with it minus that of those without: [A, Z]."""
     codes = torch.cat([encode(nets, to_float(part.to(device))) for part in data.train.split(250)])
-    labels = data.train_labels.to(device).unbind(1)  # A times [M]
-    return torch.stack([codes[has].mean(0) - codes[~has].mean(0) for has in labels])
+    return torch.stack([codes[has].mean(0) - codes[~has].mean(0) for has in data.train_labels.to(device).T])
 
 
 def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)):

@@ -18,6 +18,7 @@ from common import Data, draw_faces, load_data
 
 SMALL = [*TINY, "--gan-steps", 2]
 NAMES = ("codes", "dhash", "phash", "colour_histogram")
+SEARCHED = (*NAMES, "pixels", "untrained")  # with the controls
 CHANGES = ("colour", "sunglasses", "blur", "crop")
 
 
@@ -55,10 +56,12 @@ def test_what_the_layers_compute(count):
     """Tables 3 to 6 by hand, with the averages of the batch in batch norm."""
     nets, x, z = tiny("bigan", 4 * 2**count)
     nets["D_x"], x = tiny("aegan", 4 * 2**count)[0]["D"], x[:4]
-    p = dict(nets.named_parameters())
+    p, averages = dict(nets.named_parameters()), {}
 
     def norm(y, name):
         variance, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
+        averages[f"{name}.running_mean"] = 0.1 * mean.flatten()
+        averages[f"{name}.running_var"] = 0.9 + 0.1 * y.transpose(0, 1).flatten(1).var(1)
         weight, bias = p[f"{name}.weight"][:, None, None], p[f"{name}.bias"][:, None, None]
         return weight * (y - mean) / (variance + 1e-5).sqrt() + bias
 
@@ -75,12 +78,15 @@ def test_what_the_layers_compute(count):
     for i in range(2, 3 * count, 3):
         y = norm(y, f"G.{i}").clamp(min=0)
         y = F.conv_transpose2d(y, p[f"G.{i + 2}.weight"], p.get(f"G.{i + 2}.bias"), 2, 2, 1)
+    torch.testing.assert_close(inverse_gen.generate(copy.deepcopy(nets["G"]), z), 1 / (1 + torch.exp(-y)))
     torch.testing.assert_close(nets["G"](z), y)
-    torch.testing.assert_close(inverse_gen.generate(nets["G"], z), 1 / (1 + torch.exp(-y)))
     torch.testing.assert_close(nets["D_x"](x), linear(convs(x, "D_x.0", count, 0.2), "D_x.2"))
     torch.testing.assert_close(nets["IG"](x), linear(convs(x, "IG.0", count, 0), "IG.2").tanh())
     both = torch.cat([convs(x, "D.of_x", count - 1, 0.2), z[:, :, None, None].repeat(1, 1, 8, 8)], 1)
     torch.testing.assert_close(nets["D"](x, z), linear(convs(both, "D.of_both", 3, 0.2), "D.logit"))
+    assert averages.keys() == {name for name, _ in nets.named_buffers() if "running" in name}
+    for name, value in averages.items():  # what batch norm has in evaluation mode, after one batch
+        torch.testing.assert_close(nets.get_buffer(name), value, msg=name)
 
 
 @pytest.mark.parametrize("method", ["aegan", "direct", "bigan", "search"])
@@ -96,10 +102,10 @@ def test_networks_of_a_method_and_their_initial_weights(method):
             assert (weight == (1 if name.endswith("weight") else 0)).all(), name  # 1: batch norm's
 
 
-@pytest.mark.parametrize("size", [8, 48])
-def test_unknown_sizes_are_refused(size):
-    with pytest.raises(ValueError, match=f"{size}.*16, 32, 64"):
-        inverse_gen.build_networks("aegan", size, 2, 5)
+@pytest.mark.parametrize("method, size", [("aegan", 8), ("bigan", 48), ("bogus", 16), ("gan", 16)])
+def test_unknown_methods_and_sizes_are_refused(method, size):
+    with pytest.raises(ValueError, match=f"{method}.*{size}.*aegan.*16, 32, 64"):
+        inverse_gen.build_networks(method, size, 2, 5)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -224,9 +230,25 @@ def test_where_ig_is_trained_g_and_d_and_their_moments_stay_as_they_are(stage):
     assert not any(torch.equal(value, untrained[name]) for name, value in IG.state_dict().items())
 
 
+@pytest.mark.parametrize("stage, moved", [("gan", "G D"), ("bigan", "G D IG"), ("direct", "IG"), ("aegan", "IG")])
+def test_frozen_parameters_stay_and_an_optimizer_without_a_network_is_refused(stage, moved):
+    nets, x, z = tiny("bigan" if stage == "bigan" else "aegan")
+    optimizer = inverse_gen.build_optimizer(nets, 1e-2)
+    frozen = {net: next(nets[net].parameters()).requires_grad_(False) for net in moved.split()}
+    before = copy.deepcopy(dict(nets.named_parameters()))
+    inverse_gen.train_step(nets, optimizer, stage, x, z)
+    for name, parameter in nets.named_parameters():
+        kept = name.split(".")[0] not in frozen or any(parameter is p for p in frozen.values())
+        assert torch.equal(before[name], parameter) == kept, name
+    for missing in frozen:
+        others = nn.ModuleDict({name: net for name, net in nets.items() if name != missing})
+        with pytest.raises(ValueError, match="the optimizer"):
+            inverse_gen.train_step(nets, inverse_gen.build_optimizer(others, 1e-2), stage, x, z)
+
+
 def test_batches_are_the_images_and_uniform_noise():
     images = draw_faces(10, 16)[0].repeat(50, 1, 1, 1)
-    x, z = inverse_gen.draw_batch(images, 7)
+    x, z = inverse_gen.make_inputs(images, 7)
     torch.testing.assert_close(x * 255, images.float())
     assert z.shape == (500, 7) and z.abs().max() <= 1 and abs(z.mean()) < 0.06 and abs(z.std() - 3**-0.5) < 0.03
 
@@ -277,7 +299,7 @@ def test_descriptors_against_numpy(size):
         assert bits.tolist() == (np.array(low) > np.sort(low)[31]).tolist()
     for value in (0.2, 0.3, 1.0):
         flat = torch.full((1, 3, size, size), value)
-        assert inverse_gen.dhash(flat).sum() == 0 and inverse_gen.phash(flat).tolist() == [[1] + [0] * 63]
+        assert inverse_gen.dhash(flat).sum() == 0 and inverse_gen.phash(flat)[0, 0] == 1
     x[0, :, 0] = 1  # the last box holds its upper edge
     for image, shares in zip(x, inverse_gen.colour_histogram(x), strict=True):
         expected, _ = np.histogramdd(image.flatten(1).T.numpy(), bins=8, range=[(0, 1)] * 3)
@@ -336,17 +358,29 @@ class Corner(nn.Module):
         return torch.zeros(len(x), 3) if self.training else (x[:, :, 2, 3] * 2 - 1) ** 3
 
 
+def untrained(x):
+    """In place of an inverse generator that was never trained."""
+    return x[:, 1, 4:7, 5]
+
+
 def restored(x):
     return Waves().eval()(Corner().eval()(x)).sigmoid()
 
 
+HASHES = inverse_gen.dhash, inverse_gen.phash, inverse_gen.colour_histogram
+DESCRIPTORS = dict(zip(SEARCHED, (Corner().eval(), *HASHES, lambda x: x.flatten(1), untrained)))
+
+
 def distances(queries, gallery):
     """What images [Q, 3, 16, 16] and [M, 3, 16, 16] differ by, in NumPy: {name: [Q, M]}."""
-    found, functions = {}, (Corner().eval(), inverse_gen.dhash, inverse_gen.phash, inverse_gen.colour_histogram)
-    for name, function in zip(NAMES, functions):
+    found = {}
+    for name, function in DESCRIPTORS.items():
         a, b = function(queries).numpy()[:, None], function(gallery).numpy()
-        found[name] = {"codes": ((a - b) ** 2).sum(2) ** 0.5}.get(name, (a != b).sum(2))
-    return found | {"colour_histogram": 2 - 2 * np.minimum(a, b).sum(2)}
+        if name in ("codes", "pixels", "untrained"):
+            found[name] = ((a - b) ** 2).sum(2) ** 0.5
+        else:
+            found[name] = 2 - 2 * np.minimum(a, b).sum(2) if name == "colour_histogram" else (a != b).sum(2)
+    return found
 
 
 def stand_ins(train, heldout, attributes=()):
@@ -355,7 +389,7 @@ def stand_ins(train, heldout, attributes=()):
     images = torch.randint(256, (train + heldout, 3, 16, 16), dtype=torch.uint8)
     images[:train] //= 2
     labels = torch.rand(len(images), len(attributes)) > 0.4
-    data = Data(images[:train], images[train:], attributes, labels[:train], labels[train:])
+    data = Data(images[:train], images[train:], attributes, labels[:train], labels[train:], (), 0)
     return nn.ModuleDict({"G": Waves(), "IG": Corner()}), data, torch.rand(256, 3) * 4 - 2
 
 
@@ -364,12 +398,15 @@ def test_measure_inversion_against_numpy():
         rows = images.flatten(1).double().numpy()
         return np.mean(np.concatenate([np.linalg.norm(rows[i + 1 :] - row, axis=1) for i, row in enumerate(rows)]))
 
-    nets, data, z = stand_ins(1100, 300)
-    x, made = data.heldout / 255, nets.eval()["G"](z).sigmoid()
-    results, blurred = inverse_gen.measure_inversion(nets, nets["IG"], data, z), inverse_gen.blur(made)
+    nets, data, z = stand_ins(1100, 1030)
+    x, made = data.heldout[:1000] / 255, Waves().eval()(z).sigmoid()
+    nets["G"].eval()
+    results, blurred = inverse_gen.measure_inversion(nets, nets["IG"], data, z, 1000), inverse_gen.blur(made)
+    assert (nets["G"].training, nets["IG"].training) == (False, True)  # as it found them
     difference = lambda a, b: 2 * np.abs(a.double().numpy() - b.numpy()).mean()  # noqa: E731
     expected = {
         "dhash_similarity": (inverse_gen.dhash(made) == inverse_gen.dhash(restored(made))).numpy().mean(),
+        "dhash_similarity_of_unlike": (inverse_gen.dhash(x) == inverse_gen.dhash(x[[-1, *range(999)]])).numpy().mean(),
         "deblur_l1_before": difference(blurred, made),
         "deblur_l1_after": difference(restored(blurred), made),
         "sample_diversity": spread(made) / spread(x[:256]),
@@ -385,12 +422,14 @@ def test_measure_search_against_numpy(count, attributes):
         found = distances(queries, gallery)
         return {name: [np.flatnonzero(row == row.min()) for row in rows] for name, rows in found.items()}
 
-    nets, data, _ = stand_ins(100, 300, attributes)
-    invert, gallery = nets.eval()["IG"], data.train[:60] / 255
-    described = inverse_gen.describe(gallery.split(25), invert)
-    for name, found in inverse_gen.distances(inverse_gen.describe([gallery[:9]], invert), described).items():
+    _, data, _ = stand_ins(100, 300, attributes)
+    gallery = data.train[:60] / 255
+    described = inverse_gen.describe(gallery, DESCRIPTORS)
+    of_nine = inverse_gen.distances(inverse_gen.describe(gallery[:9], DESCRIPTORS), described)
+    assert tuple(of_nine) == SEARCHED
+    for name, found in of_nine.items():
         np.testing.assert_allclose(found, distances(gallery[:9], gallery)[name], atol=1e-5)
-    results = inverse_gen.measure_search(invert, data, described, count, torch.device("cpu"))
+    results = inverse_gen.measure_search(DESCRIPTORS, data, described, count)
     expected = {}
     if attributes:
         agrees = (data.heldout_labels[:count, None] == data.train_labels[None, :60]).numpy().mean(2)
@@ -403,17 +442,26 @@ def test_measure_search_against_numpy(count, attributes):
     assert results == pytest.approx(expected)
 
 
+def test_describing_many_images_says_how_far_it_is(capsys):
+    x = torch.rand(2010, 3, 16, 16)
+    assert torch.equal(inverse_gen.describe(x, {"untrained": untrained})["untrained"], untrained(x))
+    assert capsys.readouterr().err.splitlines() == [f"described {count} of 2010 images" for count in (1000, 2000)]
+
+
 def test_figures_show_what_they_say(monkeypatch, tmp_path):
     shown, (nets, data, z) = {}, stand_ins(120, 80)
     monkeypatch.setattr(inverse_gen, "save_grid", lambda path, *x, **more: shown.update({path.name: (x, more)}))
     gallery, x, made = data.train[:100], data.heldout / 255, Waves().eval()(z).sigmoid()
-    described = inverse_gen.describe([gallery / 255], Corner().eval())
-    inverse_gen.save_figures(nets, nets["IG"], data, z, tmp_path, 70, described)
+    nets["G"].eval()
+    inverse_gen.save_figures(nets, nets["IG"], data, z, tmp_path, 70)
+    assert (nets["G"].training, nets["IG"].training) == (False, True)  # as it found them
+    inverse_gen.save_found(tmp_path, DESCRIPTORS, data, inverse_gen.describe(gallery / 255, DESCRIPTORS))
     changed = torch.cat(list(inverse_gen.change_images(gallery[:4] / 255).values()))
     blurred = inverse_gen.blur(made[:24])
 
     def found(queries):
-        return [queries, *(gallery[d.argmin(1)] / 255 for d in distances(queries, gallery / 255).values())]
+        by_name = distances(queries, gallery / 255)
+        return [queries, *(gallery[by_name[name].argmin(1)] / 255 for name in NAMES)]
 
     of_search = {"columns": 4, "captions": [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]}
     of_blur = {"columns": 3, "captions": [["original"], ["blurred"], ["restored"]]}
@@ -421,16 +469,16 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
         "samples_70.png": ([made[:100]], {}),
         "reconstructions_70.png": ([x[:40], restored(x[:40])], {"columns": 5}),
         "figure2_pairs.png": ([made[:40], restored(made[:40])], {"columns": 5}),
+        "figure5_deblurred.png": ([made[:24], blurred, restored(blurred)], of_blur),
         "figure3_changed.png": (found(changed), of_search),
         "figure4_found.png": (found(x[:64]), of_search),
-        "figure5_deblurred.png": ([made[:24], blurred, restored(blurred)], of_blur),
     }
     assert set(shown) == set(figures)
     for name, (images, options) in figures.items():
         assert shown[name][1] == options, name
         for tile, image in zip(shown[name][0], images, strict=True):
             torch.testing.assert_close(tile, 2 * image - 1, atol=1e-5, rtol=1e-5, msg=name)
-    for invert, count in ((nets["IG"], 2), (None, 1)):
+    for invert, count in ((nets["IG"], 4), (None, 1)):
         shown.clear()
         inverse_gen.save_figures(nets, invert, data, z, tmp_path, 70)
         assert set(shown) == set(list(figures)[:count])
@@ -439,11 +487,11 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
 def test_a_query_shows_the_nearest_nine_of_the_gallery(monkeypatch, tmp_path, capsys):
     shown, (nets, data, _) = [], stand_ins(300, 5)
     monkeypatch.setattr(inverse_gen, "save_grid", lambda path, *images, **options: shown.append((images, options)))
-    x, path, device = data.train[270], tmp_path / "query.png", torch.device("cpu")
+    x, path = data.train[270], tmp_path / "query.png"
     distance = distances(x[None] / 255, data.train / 255)["codes"][0]
     for count in (280, 260, 4):
         order = np.argsort(distance[:count])[:9]
-        inverse_gen.save_query(path, nets.eval()["IG"], x, data, count, device)
+        inverse_gen.save_query(path, nets.eval()["IG"], x, data.train[:count], ())
         assert capsys.readouterr().out.splitlines() == [f"{distance[i]:8.3f}  training image {i}" for i in order]
         (images,), options = shown.pop()
         torch.testing.assert_close(images, torch.cat([x[None], data.train[order]]) / 127.5 - 1)
@@ -460,10 +508,9 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
     arguments = ["--data", photos, *SMALL, "--steps", 5]
     out, results, header, _ = run_as_a_user("inverse_gen", *arguments, cwd=tmp_path, pictures=pictures)
     assert results["config"]["gan_steps"] == 2 and out.startswith("aegan on ")
-    names = (
-        "dhash_similarity deblur_l1_before deblur_l1_after heldout_l1 heldout_l1_of_mean_image sample_diversity".split()
-    )
-    shares = [f"search_top1_{change}_{name}" for change in CHANGES for name in NAMES]
+    names = "dhash_similarity dhash_similarity_of_unlike deblur_l1_before deblur_l1_after".split()
+    names += "heldout_l1 heldout_l1_of_mean_image sample_diversity".split()
+    shares = [f"search_top1_{change}_{name}" for change in CHANGES for name in SEARCHED]
     assert all(0 < results[name] < 5 for name in names) and all(0 <= results[name] <= 1 for name in shares)
     assert all(f"{name:40}{results[name]:10.3f}" in out for name in names + shares)
     assert set(results) == {"steps", "config", *names, *shares}
@@ -477,7 +524,7 @@ def test_the_settings_reach_the_steps_the_figures_and_the_results(method, photos
         monkeypatch.setattr(inverse_gen, name, lambda *args: calls.append(args) or function(*args))
 
     seen, data = {}, load_data(photos, 16)
-    for name in ("train_step", "save_figures", "save_query", "measure_inversion", "measure_search"):
+    for name in ("train_step", "save_figures", "save_found", "save_query", "measure_inversion", "measure_search"):
         spy(name)
     settings = ["--latent-dim", 7, "--lr", 1e-3, "--seed", 9, "--search-steps", 2, "--search-rate", 0.5, "--gallery", 3]
     rarely = ["--gan-steps", 3, "--steps", 4, "--log-every", 50, "--save-every", 50, "--method", method]
@@ -492,13 +539,21 @@ def test_the_settings_reach_the_steps_the_figures_and_the_results(method, photos
     lines = [(int(row[0]), row[1] != "", row[2] != "", row[3] != "") for row in log_of(tmp_path)[1]]
     of_ig = method in ("aegan", "direct")
     assert lines == [(1, True, True, False), (4, not of_ig, not of_ig, of_ig)]
-    (_, invert, _, z), (_, _, described, count, _) = *seen["measure_inversion"], *seen["measure_search"]
+    ((_, invert, _, z, heldout),) = seen["measure_inversion"]
+    ((descriptors, _, described, count),) = seen["measure_search"]
+    assert (seen["save_found"][0][1], seen["save_found"][0][3]) == (descriptors, described)
+    assert tuple(descriptors) == SEARCHED and descriptors["codes"] is invert
+    assert (heldout, count) == ((64, 64) if method == "search" else (1000, 256))
+    control = descriptors["untrained"]
+    torch.manual_seed(0)
+    assert_same(dict(control.state_dict()), dict(inverse_gen.InverseGenerator(16, 2, 7).state_dict()))
+    assert not any(module.training for module in control.modules())
     uniform = torch.rand(256, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1  # the same whatever the seed
-    assert all(torch.equal(z, uniform) for z in (z, *(row[3] for row in seen["save_figures"]))) and count == 256
-    for name, rows in inverse_gen.describe([data.train[:3] / 255], invert).items():
+    assert torch.equal(z, uniform[:count]) and all(torch.equal(row[3], uniform) for row in seen["save_figures"])
+    for name, rows in inverse_gen.describe(data.train[:3] / 255, descriptors).items():
         torch.testing.assert_close(described[name], rows)
-    figures = [(row[5], bool(row[1]), len(row) == 7) for row in seen["save_figures"]]
-    assert figures == [(4, method != "search", False), (4, True, True)]
+    figures = [(row[5], bool(row[1])) for row in seen["save_figures"]]
+    assert figures == ([(4, False), (4, True)] if method == "search" else [(4, True)])
     with Image.open(tmp_path / "figure3_changed.png") as image:
         assert image.size == (3 * (5 * 64 + 4) + 4, 4 * 68 + 4)  # of three images
     query = ["--query", photos / "1.png", "--search-rate", 2, "--out", tmp_path, "--device", "cpu"]
@@ -546,3 +601,5 @@ def test_the_defaults_are_the_paper_s():
     args, _ = inverse_gen.parse_args(["--out", "nowhere"])
     assert (args.batch_size, args.image_size, args.latent_dim, args.channels, args.lr) == (64, 64, 100, 64, 2e-4)
     assert (args.steps, args.gan_steps, args.method, args.gallery) == (100_000, 50_000, "aegan", 20_000)
+    args, _ = inverse_gen.parse_args(["--quick", "--method", "search", "--out", "nowhere"])
+    assert (args.steps, args.gallery) == (4000, 250)

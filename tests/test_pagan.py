@@ -18,12 +18,13 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 import pagan
 import vae_began
-from common import Data, draw_faces, load_data, to_float
+from common import Data, DataError, draw_faces, load_data, to_float
 
 ROWS = [("l1", "none"), *(("pair", kind) for kind in ("crop", "blur", "contrast", "none"))]
-NUMBERS = "heldout_l1 heldout_l1_of_mean_image l1_of_blur l1_of_crop l2_of_blur l2_of_crop rmse_255".split()
-NUMBERS += ["rmse_255_of_augmentation", "sample_diversity"]
-JUDGED = "fid inception_score inception_score_std inception_score_of_real rid rid_of_augmentation".split()
+NUMBERS = "sample_diversity heldout_l1 heldout_l1_of_mean_image rmse_255 l1_of_blur l2_of_blur l1_of_crop".split()
+NUMBERS += ["l2_of_crop"]
+JUDGED = "inception_score inception_score_std inception_score_of_real fid fid_of_real rid rid_of_augmentation".split()
+JUDGED += ["rid_of_mean_image"]
 
 
 def random_batch(images, latents):
@@ -53,7 +54,7 @@ def tiny(reconstruction="pair", images=4, latents=4):
 def test_shapes_and_ranges(size, widths):
     nets = pagan.build_networks("pair", size, 2, 7)
     x, z = torch.randn(3, 3, size, size), torch.randn(3, 7)
-    assert pagan.conv_widths(size, 2) == widths and nets.training
+    assert [2 * width for width in pagan.IMAGE_SIZES[size]] == widths and nets.training
     assert nets["G"](z).shape == x.shape and nets["G"](100 * z).abs().max() <= 1
     assert nets["E"](x).shape == (3, 14)
     for logits in (nets["D_x"](x), nets["D_z"](z), nets["D_xx"](x, x)):
@@ -116,10 +117,20 @@ def test_initial_weights_are_torch_s():
         assert w.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
-@pytest.mark.parametrize("size", [8, 48])
-def test_unknown_sizes_are_refused(size):
-    with pytest.raises(ValueError, match=f"{size}.*16, 32, 64"):
-        pagan.build_networks("pair", size, 2, 5)
+@pytest.mark.parametrize("reconstruction, size", [("pair", 8), ("l1", 48), ("l2", 16)])
+def test_unknown_sizes_and_models_are_refused(reconstruction, size):
+    with pytest.raises(ValueError, match=f"{reconstruction}, size {size}.*16, 32, 64"):
+        pagan.build_networks(reconstruction, size, 2, 5)
+
+
+def test_the_arguments_of_the_library_s_layers():
+    nets = pagan.build_networks("pair", 32, 2, 5)
+    norms = [module for module in nets.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.momentum, norm.eps, norm.affine) for norm in norms} == {(0.1, 1e-5, True)} and len(norms) == 8
+    spectral = [module for module in nets.modules() if hasattr(module, "_power_method")]
+    assert {(module.n_power_iterations, module.eps) for module in spectral} == {(1, 1e-12)} and len(spectral) == 2 * 8
+    convs = [module for module in nets.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+    assert all(conv.padding_mode == "zeros" and conv.bias is not None for conv in convs)
 
 
 # ----------------------------------------------------------------------------------------------------- augmentations
@@ -134,6 +145,8 @@ def test_crop_against_a_loop(size, p, pad):
     for i, (row, column) in enumerate(zip(rows, columns)):
         assert np.array_equal(y[i].numpy(), padded[i, :, row : row + size, column : column + size])
     assert y.is_contiguous() and rows[-1] == columns[-1] == 2 * pad
+    with pytest.raises(ValueError, match="square"):
+        pagan.crop(x[..., 1:], u, p)
 
 
 @pytest.mark.parametrize("size", pagan.IMAGE_SIZES)
@@ -165,12 +178,13 @@ def test_reparameterise():
 
 
 def test_the_objective_of_logits():
-    d, loss = 3 * torch.randn(6, 1).double(), pagan.minus_log
+    d, loss, loss_not = 3 * torch.randn(6, 1).double(), pagan.minus_log, pagan.minus_log_not
     D = 1 / (1 + np.exp(-d.numpy()))
-    assert (loss(d).item(), loss(-d).item()) == pytest.approx((-np.log(D).mean(), -np.log(1 - D).mean()))
-    assert loss(0 * d + 50) < 1e-20 and loss(0 * d - 1000) == 1000  # no logarithm of 0
-    torch.autograd.gradcheck(loss, d.requires_grad_())
-    assert (torch.autograd.grad(loss(d), d)[0] < 0).all()
+    assert (loss(d).item(), loss_not(d).item()) == pytest.approx((-np.log(D).mean(), -np.log(1 - D).mean()))
+    assert loss(0 * d + 50) < 1e-20 and loss(0 * d - 1000) == 1000 == loss_not(0 * d + 1000)  # no logarithm of 0
+    for function, sign in ((loss, -1), (loss_not, 1)):
+        torch.autograd.gradcheck(function, d.requires_grad_())
+        assert (sign * torch.autograd.grad(function(d), d)[0] > 0).all()
 
 
 def losses_by_hand(nets, x, x_aug, z, epsilon, l1_weight):
@@ -232,6 +246,16 @@ def test_which_networks_a_loss_reaches(reconstruction):
             assert any(g is not None and g.abs().max() > 0 for g in gradients) == (net in reached.split()), (name, net)
 
 
+@pytest.mark.parametrize("reconstruction, passes", [("pair", "G1 E1 D_x1 D_z1 D_xx1"), ("l1", "G1 E1 D_x1 D_z1")])
+def test_nothing_is_made_twice_so_one_z_hat_serves_all_losses(reconstruction, passes):
+    nets, *batch = tiny(reconstruction)
+    counts = dict.fromkeys(nets, 0)
+    for name, net in nets.items():
+        net.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    pagan.LOSSES[reconstruction](nets, *batch, 7.0)
+    assert " ".join(f"{name}{count}" for name, count in counts.items()) == passes
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 
@@ -267,7 +291,7 @@ def test_batches_are_the_images_their_augmentations_and_normal_noise(monkeypatch
     images, augment = draw_faces(10, 16)[0].repeat(50, 1, 1, 1), MagicMock()
     monkeypatch.setitem(pagan.AUGMENTATIONS, "blur", augment)
     torch.manual_seed(0)
-    x, x_aug, z, epsilon = pagan.draw_batch(images, 7, "blur", 0.3)
+    x, x_aug, z, epsilon = pagan.make_inputs(images, 7, "blur", 0.3)
     ((source, u, p),) = [call.args for call in augment.call_args_list]
     assert torch.equal(x, to_float(images)) and source is x and x_aug is augment.return_value
     assert p == 0.3 and u.shape == (500, 2) and 0 <= u.min() < 0.02 and 0.98 < u.max() < 1
@@ -315,21 +339,23 @@ def test_fid_against_the_root_of_the_product():
     assert fid(few, few + 1) == pytest.approx(200, rel=1e-4)
 
 
-@pytest.mark.parametrize("heldout, last", [(45, True), (3, False)])
-def test_figures_show_what_they_say(heldout, last, monkeypatch, tmp_path):
+@pytest.mark.parametrize("heldout, training", [(45, True), (3, False)])
+def test_figures_show_what_they_say(heldout, training, monkeypatch, tmp_path):
     shown, captions = {}, [["original"], ["blur"], ["contrast"], ["pad + crop"]]
     monkeypatch.setattr(pagan, "save_grid", lambda path, *images, **more: shown.update({path: (images, more)}))
     nets, images, z = tiny()[0].float(), draw_faces(20 + heldout, 16)[0], torch.randn(256, 5)
-    pagan.save_figures(nets, Data(images[:20], images[20:], (), None, None), z, tmp_path, 70, 0.2, *[False][last:])
-    assert all(module.training for module in nets.modules())
-    x, u = to_float(images[20:60]), torch.rand(10, 2, generator=torch.Generator().manual_seed(0))
+    data = Data(images[:20], images[20:], (), None, None, (), 0)
+    pagan.save_figures(nets.train(training), data, z, tmp_path, 70, 0.2)
+    assert all(module.training == training for module in nets.modules())  # the mode that it found
+    x = to_float(images[20:60])
+    few = x[:10]
+    u = torch.rand(len(few), 2, generator=torch.Generator().manual_seed(0))
     nets.eval()
     with torch.no_grad():
         expected = {"samples_70": ([nets["G"](z[:100])], {})}
         expected["reconstructions_70"] = [x, nets["G"](nets["E"](x)[:, :5])], {"columns": 5}
-    if last:
-        columns = [x[:10], *(pagan.AUGMENTATIONS[kind](x[:10], u, 0.2) for kind in ("blur", "contrast", "crop"))]
-        expected["figure_augmentations"] = columns, {"columns": 2, "captions": captions}
+    columns = [few, *(pagan.AUGMENTATIONS[kind](few, u, 0.2) for kind in ("blur", "contrast", "crop"))]
+    expected["figure_augmentations"] = columns, {"columns": 2, "captions": captions}
     assert set(shown) == {tmp_path / f"{name}.png" for name in expected}
     for name, (wanted, options) in expected.items():
         pictures, given = shown[tmp_path / f"{name}.png"]
@@ -337,36 +363,48 @@ def test_figures_show_what_they_say(heldout, last, monkeypatch, tmp_path):
         assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(pictures, wanted)), name
 
 
-@pytest.mark.parametrize("kind", ["crop", "none"])
-def test_measure_against_numpy(kind):
+@pytest.mark.parametrize("kind, training", [("crop", True), ("none", False)])
+def test_measure_against_numpy(kind, training):
     def stub_classifier(x):
+        assert not x.requires_grad
         return x[:, :, :2, :2].flatten(1) * 3, x[:, 0, :4, 0]
 
+    def uniform(rows):
+        return torch.rand(rows, 2, generator=torch.Generator().manual_seed(1))
+
     nets, z = tiny()[0].float(), torch.randn(80, 5)
-    images = torch.randint(256, (1340, 3, 16, 16), dtype=torch.uint8)
-    data = Data(images[:1100] // 2, images[1100:], (), None, None)
-    results = pagan.measure(nets, data, z, kind, 0.2, stub_classifier, 130)
-    without = pagan.measure(nets.train(), data, z, kind, 0.2)
+    images = torch.randint(256, (2340, 3, 16, 16), dtype=torch.uint8)
+    data = Data(images[:1100] // 2, images[1100:], (), None, None, (), 0)
+    nets.train(training)
+    results = pagan.measure(nets, data, z, kind, 0.2, None, 130)
+    with_classifier = pagan.measure(nets, data, z, kind, 0.2, stub_classifier, 130)
+    judged = {name: with_classifier[name] for name in JUDGED}
+    assert with_classifier == results | judged and [*with_classifier] == NUMBERS + JUDGED
+    assert all(module.training == training for module in nets.modules())  # the mode that it found
     nets.eval()
-    x, generator = to_float(data.heldout), torch.Generator().manual_seed(1)
+    x, u, mean = to_float(data.heldout[:1000]), uniform(1000), (data.train.numpy() / 127.5 - 1).mean(0)
     with torch.no_grad():
-        u = torch.cat([torch.rand(n, 2, generator=generator) for n in (100, 100, 40)])
-        rec, noise = nets["G"](nets["E"](x)[:, :5]), torch.randn(130, 5, generator=generator)
-        aug, blur, crop = pagan.AUGMENTATIONS[kind](x, u, 0.2), pagan.blur(x, u), pagan.crop(x, u, 0.2)
-        judged = [stub_classifier(part) for part in (x, rec, aug, nets["G"](noise), to_float(data.train[:130]))]
+        rec, blur, crop = nets["G"](nets["E"](x)[:, :5]), pagan.blur(x, u), pagan.crop(x, u, 0.2)
         distances = [np.linalg.norm(y[:, None] - y, axis=2) for y in (nets["G"](z).flatten(1), x[:80].flatten(1))]
-    mean = (data.train.numpy() / 127.5 - 1).mean(0)
-    expected = [np.abs(y - x.numpy()).mean() for y in (rec.numpy(), mean, blur.numpy(), crop.numpy())]
-    squares = [((y - x).numpy() ** 2).mean() for y in (blur, crop, rec, aug)]
-    expected += [*squares[:2], *(127.5 * np.sqrt(squares[2:])), distances[0].mean() / distances[1].mean()]
-    p, p_rec, p_aug, p_pr, p_train = (logits.log_softmax(1) for logits, _ in judged)
-    rid = pagan.reconstruction_inception_dissimilarity
-    expected += [pagan.frechet_inception_distance(judged[0][1], judged[3][1]), *pagan.inception_score(p_pr.exp())]
-    expected += [pagan.inception_score(p_train.exp())[0], rid(p, p_rec), rid(p, p_aug)]
-    expected = dict(zip(NUMBERS + JUDGED, expected, strict=True))
-    assert results == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert without == {name: results[name] for name in NUMBERS}
-    assert (results["rid_of_augmentation"] == pytest.approx(1)) == (kind == "none")
+    l1 = {name: np.abs(y - x.numpy()).mean() for name, y in zip(("rec", "mean"), (rec.numpy(), mean))}
+    expected = {"sample_diversity": distances[0].mean() / distances[1].mean(), "heldout_l1": l1["rec"]}
+    expected |= {"heldout_l1_of_mean_image": l1["mean"], "rmse_255": 127.5 * ((rec - x).numpy() ** 2).mean() ** 0.5}
+    for name, y in (("blur", blur), ("crop", crop)):
+        expected |= {f"l1_of_{name}": np.abs((y - x).numpy()).mean(), f"l2_of_{name}": ((y - x).numpy() ** 2).mean()}
+    assert results == pytest.approx(expected, rel=1e-3, abs=1e-6) and list(results) == NUMBERS
+    x = x[:130]
+    noise = torch.randn(130, 5, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        aug = pagan.AUGMENTATIONS[kind](x, uniform(130), 0.2)
+        made = nets["G"](noise), rec[:130], aug, torch.from_numpy(mean).float().expand_as(x)
+        of_x, of_train, *of_made = (stub_classifier(part) for part in (x, to_float(data.train[:130]), *made))
+    p, p_train, p_pr, p_rec, p_aug, p_mean = (logits.log_softmax(1) for logits, _ in (of_x, of_train, *of_made))
+    rid, fid = pagan.reconstruction_inception_dissimilarity, pagan.frechet_inception_distance
+    expected = [*pagan.inception_score(p_pr.exp()), pagan.inception_score(p_train.exp())[0]]
+    expected += [fid(of_x[1], of_made[0][1]), fid(of_x[1], of_train[1])]
+    expected += [rid(p, other) for other in (p_rec, p_aug, p_mean)]
+    assert judged == pytest.approx(dict(zip(JUDGED, expected, strict=True)), rel=1e-3, abs=1e-6)
+    assert (judged["rid_of_augmentation"] == pytest.approx(1)) == (kind == "none")
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +451,7 @@ def test_classifiers_are_loaded_for_evaluation_and_unfit_ones_refused(script, cl
     unfits = [lambda x: (x[:, 0, 0], x[:, 0, 0, 0]), lambda x: (x[:, 0, 0], x[:, 0, 0, :1]), lambda x: x[:, 0]]
     for unfit in (*unfits, lambda x: x[:, 0, 0], lambda x: (x[:1, 0, 0], x[:1, 0, 0])):
         torch.jit.trace(unfit, torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "unfit"))
-        with pytest.raises(ValueError, match=r"\[N, 3, 16, 16\] to \(logits"):
+        with pytest.raises(DataError, match=r"unfit is no TorchScript taking \[N, 3, 16, 16\] to"):
             script.load_classifier(str(tmp_path / "unfit"), 16, device)
 
 
@@ -441,7 +479,7 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)} | {"figure_augmentations": (2, 2, 4)}
     arguments = ["--data", photos, *TINY, "--steps", 5]
     out, results, header, _ = run_as_a_user("pagan", *arguments, cwd=tmp_path, pictures=pictures)
-    assert results["config"]["channels"] == 2 and out.startswith("pair, crop (crop: 2 pixels), on 27 images of ")
+    assert results["config"]["channels"] == 2 and out.startswith("pair, a(x): crop (crop: 2 pixels) on 27 images of ")
     assert set(results) == {*NUMBERS, "steps", "config"}
     assert all(0 < results[name] < 255 and f"{name:26}{results[name]:10.3f}" in out for name in NUMBERS)
     assert header == "L_d_x L_d_z L_d_xx L_g L_e".split()
@@ -451,11 +489,10 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
 def test_every_row_of_the_ablation_study_trains(reconstruction, kind, photos, tmp_path, cli):
     more = ["--reconstruction", reconstruction, "--augmentation", kind, "--steps", 1, "--out", tmp_path]
     result = cli(pagan, "--data", photos, *TINY, *more)
-    assert result.status == 0 and result.out.startswith(f"{reconstruction}, {kind} (crop: 2 pixels), on "), result
+    shown = "l1, a(x) only for the row AUG" if reconstruction == "l1" else "pair, a(x)"
+    assert result.status == 0 and result.out.startswith(f"{shown}: {kind} (crop: 2 pixels) on "), result
     assert log_of(tmp_path)[0] == ["step", *REACHED[reconstruction]]
     assert ("D_xx.0.bias" in load(tmp_path)["networks"]) == (reconstruction == "pair")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert (results["rmse_255_of_augmentation"] == 0) == (kind == "none")
 
 
 def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch):
@@ -466,20 +503,20 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
         return train_step(nets, optimizer, *args)
 
     steps, drawn, figures, results = [], [], [], []
-    data, train_step, draw_batch = load_data(photos, 16), pagan.train_step, pagan.draw_batch
+    data, train_step, make_inputs = load_data(photos, 16), pagan.train_step, pagan.make_inputs
     monkeypatch.setattr(pagan, "train_step", spy)
-    monkeypatch.setattr(pagan, "draw_batch", lambda *args: drawn.append(args[1:]) or draw_batch(*args))
-    monkeypatch.setattr(pagan, "save_figures", lambda nets, *args, last=True: figures.append((*args, last)))
+    monkeypatch.setattr(pagan, "make_inputs", lambda *args: drawn.append(args[1:]) or make_inputs(*args))
+    monkeypatch.setattr(pagan, "save_figures", lambda nets, *args: figures.append(args))
     monkeypatch.setattr(pagan, "measure", lambda nets, *args: results.append(args) or {})
+    monkeypatch.setattr(pagan, "load_classifier", lambda *args: "classifier")
     settings = "--reconstruction l1 --augmentation blur --crop 0.3 --l1-weight 3 --lr 1e-3 --samples 33 --seed 9"
     for i, more in enumerate((settings.split(), [])):
         cli(pagan, "--data", photos, *TINY, "--steps", 1, "--latent-dim", 7, "--out", tmp_path / str(i), *more)
     shapes = (4, 3, 16, 16), (4, 3, 16, 16), (4, 7), (4, 7)
     assert steps == [(1e-3, "l1", 3, *shapes), (2e-4, "pair", 10, *shapes)]
     assert drawn == [(7, "blur", 0.3), (7, "crop", 0.1)]
-    assert [args[2:] for args in results] == [("blur", 0.3, None, 33), ("crop", 0.1, None, 10_000)]
-    outs = [(tmp_path / str(i), 1, p, last) for i, p in enumerate((0.3, 0.1)) for last in (False, True)]
-    assert [args[2:] for args in figures] == outs
+    assert [args[2:] for args in results] == [("blur", 0.3, "classifier", 33), ("crop", 0.1, "classifier", 10_000)]
+    assert [args[2:] for args in figures] == [(tmp_path / "0", 1, 0.3), (tmp_path / "1", 1, 0.1)]
     normal = torch.randn(256, 7, generator=torch.Generator().manual_seed(0))
     for shown, z, *_ in (*figures, *results):  # the same latents whatever the seed
         assert torch.equal(shown.heldout, data.heldout) and torch.equal(z, normal)

@@ -28,7 +28,7 @@ from PIL import Image
 from common import draw_faces, load_data
 
 CLASSIFIER = [  # bad input of vae_began.py and pagan.py
-    (["--samples", 5], ["--samples", "5", "10"]),
+    (["--samples", 0], ["--samples", "0", "at least 1"]),
     (["--classifier", "missing.pt"], ["--classifier missing.pt"]),
     (["--classifier", "other/checkpoint.pt"], ["--classifier other/checkpoint.pt"]),
     (["--classifier", "inception"], ["inception_v3_google-0cc3c7bd.pth", "checkpoints"]),
@@ -359,6 +359,31 @@ def test_the_same_images_elsewhere_are_the_same_data(script, tiny, photos, tmp_p
     arguments = ["--data", tmp_path / "moved", "--out", run, "--steps", 6, "--device", "cpu"]
     assert cli(script, "--resume", *arguments).status == 0
     assert_same(load(finished), load(run))
+
+
+def test_an_optimizer_that_lacks_a_network_is_refused_and_frozen_weights_stay(script, tiny, tmp_path, cli, monkeypatch):
+    def tried(nets, optimizer, *args):
+        for name in (name for name, net in nets.items() if list(net.parameters())):
+            others = [p for other, net in nets.items() if other != name for p in net.parameters()]
+            with pytest.raises(ValueError, match="optimizer|unrolling"):
+                train_step(nets, torch.optim.Adam(others), *args)
+        frozen = next(nets["G"].parameters()).requires_grad_(False)
+        before = frozen.clone()
+        losses = train_step(nets, optimizer, *args)
+        assert torch.equal(frozen, before) and not any(loss.requires_grad for loss in losses.values())
+        return losses
+
+    train_step = script.train_step
+    monkeypatch.setattr(script, "train_step", tried)
+    assert cli(script, *tiny, "--steps", 1, "--out", tmp_path / "run").status == 0
+
+
+def test_results_that_are_infinite_are_null(script, tiny, tmp_path, cli, monkeypatch):
+    measure = "measure_inversion" if hasattr(script, "measure_inversion") else "measure"
+    monkeypatch.setattr(script, measure, lambda *_: {"a": math.inf, "b": math.nan, "c": 1.5})
+    assert cli(script, *tiny, "--steps", 1, "--out", tmp_path / "run").status == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [results[name] for name in "abc"] == [None, None, 1.5]
 
 
 def test_weights_that_are_not_finite_are_never_saved(script, tiny, tmp_path, cli, monkeypatch):

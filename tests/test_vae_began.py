@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ SMALL = ["--filters" if argument == "--channels" else argument for argument in T
 MODELS = list(vae_began.MODELS)
 WEIGHTS = {"alpha": 0.3, "beta": 0.2, "gamma": 0.7, "eta": 0.9}
 GAINS = (0.05, 0.1, 0.2)
+MEASURES = "l1_of_d_on_real l1_of_d_on_samples k sample_diversity eta_measured convergence_measure".split()
 
 
 def tiny(model="vae-began"):
@@ -68,14 +70,14 @@ def losses_by_hand(model, nets, weights, k, x, z_g, epsilon, call=lambda net, in
     return losses | {"eta_measured": fake / losses["L_d"], "convergence": losses["L_d"] + abs(losses["e_t"])}
 
 
-def test_networks_of_the_models_and_other_sizes_refused():
+def test_networks_of_the_models_and_other_models_and_sizes_refused():
     for model in MODELS:
         nets = vae_began.build_networks(model, 64, 64, 64, (0, 0, 0))
         assert set(nets) == {"G", "D", "controller"} | ({"E"} if model == "vae-began" else set())
     sizes = [sum(p.numel() for p in net.parameters()) for net in (nets["D"].encoder, nets["D"].decoder)]
     assert [round(size / 1e6, 2) for size in sizes] == [3.45, 0.56]  # as the docstring says
-    for model, size in (("vae-began", 48), ("began", 8)):
-        with pytest.raises(ValueError, match=f"image_size {size}"):
+    for model, size in (("vae-began", 48), ("began", 8), ("vae", 16)):
+        with pytest.raises(ValueError, match=f"{model}, size {size}"):
             vae_began.build_networks(model, size, 2, 5, (0, 0, 0))
 
 
@@ -102,6 +104,7 @@ def test_networks_layer_by_layer(blocks):
             h = F.elu(F.conv2d(h, layer.weight, layer.bias, padding=1))
         assert h.shape == (3, 2, size, size) and len(convs) == 2 * blocks
         torch.testing.assert_close(net(z), F.conv2d(h, last.weight, last.bias, padding=1))
+    assert all(layer.bias is not None for layer in nets.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
     x_prime, codes = nets["D"](x)  # Eq. 8
     assert torch.equal(codes, nets["D"].encoder(x)) and torch.equal(x_prime, nets["D"].decoder(codes))
 
@@ -119,7 +122,7 @@ def controlled(errors, k=0.0):
 def test_controller_eq_12_and_its_sum_a_pid_controller_while_k_is_in_its_range(low, high):
     errors = np.random.RandomState(0).uniform(low, high, 60)
     controller, ks = vae_began.Controller(GAINS).double(), []
-    assert controller.k == controller.e_1 == controller.e_2 == 0
+    assert all(buffer == 0 for buffer in controller.buffers())
     for e in errors:
         controller.update(torch.tensor(e))
         ks.append(controller.k.item())
@@ -129,6 +132,15 @@ def test_controller_eq_12_and_its_sum_a_pid_controller_while_k_is_in_its_range(l
     else:
         pid = 0.05 * errors.cumsum() + 0.1 * errors + 0.2 * np.diff(errors, prepend=0)
         np.testing.assert_allclose(ks, pid, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_error_that_is_not_finite_changes_neither_k_nor_the_errors_kept(bad):
+    controller, errors = vae_began.Controller(GAINS).double(), [0.3, -0.1, 0.25, 0.4]
+    for e in (bad, *errors[:2], bad, bad, *errors[2:], bad):
+        controller.update(torch.tensor(e))
+    assert controller.k.item() == pytest.approx(controlled(errors)[-1])
+    assert [buffer.item() for buffer in controller.buffers()][1:] == pytest.approx([0.4, 0.25])
 
 
 def simulate(gains):
@@ -198,6 +210,23 @@ def test_losses_against_numpy_gradcheck_and_which_networks_they_reach(model, eta
     torch.autograd.gradcheck(lambda *a: tuple(map(function(nets, weights, *a).get, names)), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_is_made_twice_so_one_draw_of_noise_serves_all_losses(model):
+    nets, counts = tiny(model), {}
+    for name, net in nets.items():
+        for part in net.children() if name == "D" else [net]:
+            part.register_forward_hook(lambda *_, part=part: counts.update({part: counts.get(part, 0) + 1}))
+    vae_began.LOSSES[model](nets, WEIGHTS, *random_batch(model))
+    assert list(counts.values()) == [1] * (4 if model == "vae-began" else 3)  # G, E and D's halves
+
+
+def test_models_without_an_encoder_need_a_latent_for_each_image():
+    x, z_g, epsilon = random_batch("began")
+    for count in (1, 5):
+        with pytest.raises(ValueError, match=f"6 images, but {count} latents"):
+            vae_began.began_losses(tiny("began"), WEIGHTS, x, z_g[:count], epsilon)
+
+
 def test_perfect_autoencoders_have_losses_of_zero():
     nets = {"G": lambda z: z.view(-1, 3, 2, 2), "D": lambda x: (x, x.flatten(1)), "controller": tiny()["controller"]}
     nets["E"] = lambda x: torch.cat([x.flatten(1), torch.full((len(x), 12), -300.0)], 1)  # a deviation of 0
@@ -235,7 +264,7 @@ def test_train_step_against_autograd_by_hand(model):
 def test_batches_are_the_images_and_normal_noise():
     images = draw_faces(10, 16)[0].repeat(50, 1, 1, 1)
     torch.manual_seed(0)
-    x, z_g, epsilon = vae_began.draw_batch(images, 7)
+    x, z_g, epsilon = vae_began.make_inputs(images, 7)
     assert torch.equal(x, to_float(images)) and z_g.shape == epsilon.shape == (500, 7)
     for noise in (z_g, epsilon):
         assert abs(noise.mean()) < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
@@ -278,41 +307,41 @@ def distance(images):
     return np.mean([np.linalg.norm(a - b) for i, a in enumerate(images) for b in images[:i]])
 
 
+def in_one(net, inputs):
+    return net(torch.from_numpy(inputs)).numpy()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
 def test_measure_against_numpy(model):
-    nets, z = tiny(model).float(), torch.randn(80, 5)
-    images = torch.randint(256, (1400, 3, 16, 16), dtype=torch.uint8)
-    data, G = Data(images[:1100] // 2, images[1100:], (), None, None), lambda z: in_numpy(nets["G"], z)
-    results = vae_began.measure(nets, data, z, model, WEIGHTS, Classifier().eval(), 130)
-    x, train = ((part.numpy() / 127.5 - 1).astype(np.float32) for part in (data.heldout, data.train))
-    noise, few = torch.randn(130, 5, generator=torch.Generator().manual_seed(1)).numpy(), z[:64].numpy()
-    losses = losses_by_hand(model, nets, WEIGHTS, 0.4, x[:64], few, few[:, ::-1].copy(), in_numpy)
-    expected = {"k": 0.4, "eta_measured": losses["eta_measured"], "convergence_measure": losses["convergence"]}
-    expected |= {"heldout_l1_of_mean_image": np.abs(x - train.mean(0)).mean(), "heldout_l1": None, "kl_nats": None}
+    nets, z, G = tiny(model).float(), torch.randn(80, 5), lambda z: in_one(nets["G"], z)
+    images = torch.randint(256, (2200, 3, 16, 16), dtype=torch.uint8)
+    images[2050:] //= 3  # so that not all parts of the held-out images are alike
+    data = Data(images[:1100] // 2, images[1100:], (), None, None, (), 0)
+    train, x = ((part.numpy() / 127.5 - 1).astype(np.float32) for part in (data.train, data.heldout[:1000]))  # of 1,100
+    z_g, epsilon = torch.randn(2, 1000, 5, generator=torch.Generator().manual_seed(0)).numpy()
+    losses = losses_by_hand(model, nets, WEIGHTS, 0.4, x, z_g, epsilon, in_one)
+    expected = {"l1_of_d_on_real": losses["L_d"], "l1_of_d_on_samples": losses["L_g"], "k": 0.4}
+    expected |= {"eta_measured": losses["eta_measured"], "convergence_measure": losses["convergence"]}
     expected["sample_diversity"] = distance(G(z.numpy())) / distance(x[:80])
-    expected["inception_score"], expected["inception_score_std"] = score_in_numpy(probabilities(G(noise)))
-    expected["inception_score_of_real"], _ = score_in_numpy(probabilities(train[:130]))
     if model == "vae-began":
-        mean, log_variance = np.split(in_numpy(nets["E"], x), 2, axis=1)
+        mean, log_variance = np.split(in_one(nets["E"], x), 2, axis=1)
         expected["heldout_l1"] = np.abs(G(mean) - x).mean()
+        expected["heldout_l1_of_mean_image"] = np.abs(x - train.mean(0)).mean()
         expected["kl_nats"] = (0.5 * (mean**2 + np.exp(log_variance) - 1 - log_variance)).sum(1).mean()
-    assert set(results) == set(expected)
-    for name, value in expected.items():
-        assert results[name] == (value if value is None else pytest.approx(value, rel=1e-4)), name
-    without = vae_began.measure(nets, data, z, model, WEIGHTS)
-    assert without == {name: value for name, value in results.items() if "inception" not in name}
+    assert vae_began.measure(nets, data, z, WEIGHTS["alpha"], WEIGHTS["eta"]) == pytest.approx(expected, rel=1e-4)
+    found = vae_began.measure_inception(nets, data, 5, Classifier().eval(), 130, torch.device("cpu"))
+    noise = torch.randn(130, 5, generator=torch.Generator().manual_seed(1)).numpy()
+    (score, deviation), (real, _) = (score_in_numpy(probabilities(x)) for x in (G(noise), train[:130]))
+    expected = {"inception_score": score, "inception_score_std": deviation, "inception_score_of_real": real}
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("heldout, count, blocks", [(3, 3, [3]), (13, 13, [10]), (45, 40, [10, 20])])
-def test_figures_show_what_they_say(monkeypatch, tmp_path, heldout, count, blocks):
+@pytest.mark.parametrize("heldout, count, latents", [(3, 3, 5), (13, 13, 256), (45, 40, 256)])
+def test_figures_show_what_they_say(monkeypatch, tmp_path, heldout, count, latents):
     def save_grid(path, *batches, columns=10, captions=()):
         assert path.parent == tmp_path
         shown[path.name] = [batch.numpy() for batch in batches], columns, captions
-
-    def names(**options):
-        shown.clear()
-        vae_began.save_figures(nets, data, torch.from_numpy(z), tmp_path, 70, **options)
-        return {name.removesuffix(".png") for name in shown}
 
     def decoded(z):
         return np.broadcast_to(np.sin(2 * z)[..., None, None], (*z.shape, 16, 16))
@@ -322,33 +351,46 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path, heldout, count, block
     nets["G"] = lambda z: torch.sin(2 * z[:, :, None, None]).expand(-1, -1, 16, 16)
     nets["D"] = lambda x: (x**3 - 0.1, x.mean((2, 3)))
     monkeypatch.setattr(vae_began, "save_grid", save_grid)
-    data, z = Data(images[:60], images[60:], attributes, labels[:60], ~labels[60:]), torch.randn(256, 3).numpy()
-    always, last = {"samples_70", "reconstructions_70"}, {"figure4_discriminator", "figure6_interpolations"}
-    assert names(last=False) == always and names() == always | last | {"figure8_arithmetic"}
+    data = Data(images[:60], images[60:], attributes, labels[:60], ~labels[60:], (), 0)
+    z = torch.randn(latents, 3).numpy()
+    vae_began.save_figures(nets, data, torch.from_numpy(z), tmp_path, 70)
 
-    x, x_g = to_float(data.heldout).numpy()[:count], decoded(z)
+    x, ten, pairs = to_float(data.heldout).numpy()[:count], min(10, heldout), min(5, heldout // 2)
     codes, codes_of_train = (np.exp(images.mean((2, 3))) for images in (x, to_float(data.train).numpy()))
-    parts = [slice(max(0, block - 10), block) for block in blocks]
-    fours = [rows for part in parts for rows in (x_g[part], x_g[part] ** 3 - 0.1, x[part], x[part] ** 3 - 0.1)]
-    sixes, shares = [], np.linspace(0, 1, 8)[:, None]
-    for i in range(0, min(10, len(x) - 1), 2):
-        sixes += [x[[i]], decoded(codes[i] * (1 - shares) + codes[i + 1] * shares), x[[i + 1]]]
-    eights, strengths = [], np.arange(-2, 2.5, 0.5)[:, None]
-    for i, name in enumerate(attributes):
-        has = labels[:60, i].numpy()
-        eights.append(decoded(z[i] + strengths * (codes_of_train[has].mean(0) - codes_of_train[~has].mean(0))))
-        texts = [name, "-1.5", "-1", "-0.5", "+0", "+0.5", "+1", "+1.5", "+2"]
-        assert shown["figure8_arithmetic.png"][2][0][9 * i :][:9] == texts
-    expected = {"samples_70": ([x_g[:100]], 10), "reconstructions_70": ([x, decoded(codes)], 5)}
-    figures = ("4_discriminator", fours, blocks[0]), ("6_interpolations", sixes, 10), ("8_arithmetic", eights, 9)
-    for name, rows, columns in figures:
-        expected[f"figure{name}"] = [np.concatenate(rows)], columns
-    for name, (batches, columns) in expected.items():
-        assert len(batches) == len(shown[f"{name}.png"][0]) and columns == shown[f"{name}.png"][1]
-        for batch, found in zip(batches, shown[f"{name}.png"][0]):
-            np.testing.assert_allclose(found, batch, atol=1e-5, err_msg=name)
-    del nets["E"]
-    assert names() == {"samples_70", "figure4_discriminator"} and names(last=False) == {"samples_70"}
+    fours, sixes = [decoded(z)[:ten], decoded(z)[:ten] ** 3 - 0.1, x[:ten], x[:ten] ** 3 - 0.1], [x[:pairs]]
+    for share in np.linspace(0, 1, 8):
+        sixes.append(decoded(codes[:pairs] * (1 - share) + codes[pairs : 2 * pairs] * share))
+    has, eights = labels[:60].numpy(), [np.ones((14, 3, 16, 16))]
+    directions = np.stack([codes_of_train[a].mean(0) - codes_of_train[~a].mean(0) for a in has.T])
+    for strength in np.arange(-2, 2.5, 0.5):
+        eights.append(decoded(z[np.arange(14) % latents] + strength * directions))
+    names = [name.replace("_", "\n") for name in attributes]
+    texts = [names, *([text] for text in "-2 -1.5 -1 -0.5 +0 +0.5 +1 +1.5 +2".split())]
+    expected = {"samples_70": ([decoded(z)[:100]], 10, ()), "reconstructions_70": ([x, decoded(codes)], 5, ())}
+    expected["figure4_discriminator"] = fours, 2, [["fake"], ["D(fake)"], ["real"], ["D(real)"]]
+    expected["figure6_interpolations"] = [*sixes, x[pairs : 2 * pairs]], 1, ()
+    expected["figure8_arithmetic"] = eights, 1, texts
+    assert {f"{name}.png" for name in expected} == set(shown) and "pale\nskin" in names
+    for name, (batches, *rest) in expected.items():
+        found, *others = shown[f"{name}.png"]
+        assert len(batches) == len(found) and rest == others
+        for a, b in zip(batches, found):
+            np.testing.assert_allclose(b, a, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_no_graph_and_the_modes_that_it_found(training, tmp_path):
+    images, _, labels = draw_faces(30, 16)
+    names, many = tuple(f"name_{i}" for i in range(300)), labels[:, :1].expand(-1, 300)  # more than there are latents
+    data = Data(images[:20], images[20:], names, many[:20], many[20:], (), 0)
+    nets, z = tiny().float().train(training), torch.randn(256, 5)
+    vae_began.save_figures(nets, data, z, tmp_path, 1)
+    with Image.open(tmp_path / "figure8_arithmetic.png") as image:
+        assert image.size == (10 * 64 + 8, 300 * 68 + 4)
+    vae_began.measure(nets, data, z, 0.3, 0.5)
+    assert all(module.training == training for module in nets.modules())
+    assert not vae_began.encode(nets, to_float(images)).requires_grad
+    assert not vae_began.attribute_directions(nets, data, z.device).requires_grad
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -357,13 +399,13 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path, heldout, count, block
 def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures = {f"samples_{step}": (10, 10, 1) for step in (2, 4, 5)}
     pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)}
-    pictures |= {"figure4_discriminator": (3, 4, 1), "figure6_interpolations": (10, 1, 1)}
+    pictures |= {"figure4_discriminator": (2, 2, 4), "figure6_interpolations": (1, 1, 10)}
     arguments = ["--data", photos, *SMALL, "--steps", 5]
     out, results, header, _ = run_as_a_user("vae_began", *arguments, cwd=tmp_path, pictures=pictures)
     assert results["config"]["filters"] == 2 and out.startswith("vae-began on ")
-    for name in "heldout_l1 heldout_l1_of_mean_image convergence_measure eta_measured sample_diversity".split():
-        assert 0 < results[name] < 10 and f"{name:26}{results[name]:10.3f}" in out
-    assert 0 < results["kl_nats"] < 10 and 0 < results["k"] < 1
+    assert set(results) == {*MEASURES, "heldout_l1", "heldout_l1_of_mean_image", "kl_nats", "steps", "config"}
+    numbers = [(name, value) for name, value in results.items() if name not in ("steps", "config")]
+    assert all(0 < value < 10 and f"{name:26}{value:10.3f}" in out for name, value in numbers)
     assert header == "L_enc L_gen L_dis L_e L_n L_s L_d L_g L_v k eta_measured e_t convergence".split()
 
 
@@ -372,7 +414,7 @@ def test_the_other_models_write_what_they_can(model, photos, tmp_path, cli):
     run = tmp_path / model
     assert cli(vae_began, "--model", model, "--data", photos, *SMALL, "--steps", 1, "--out", run).status == 0
     results, pictures = json.loads((run / "results.json").read_text()), [f for f in files(run) if f.endswith("png")]
-    assert results["heldout_l1"] is results["kl_nats"] is None and results["config"]["model"] == model
+    assert set(results) == {*MEASURES, "steps", "config"} and results["config"]["model"] == model
     assert pictures == ["figure4_discriminator.png", "samples_1.png"]
     assert log_of(run)[0] == "step L_gen L_dis L_s L_d L_g k eta_measured e_t convergence".split()
 
@@ -385,14 +427,15 @@ def test_figure_8_and_the_inception_score_of_a_run(photos, tmp_path, cli):
     torch.jit.script(Classifier()).save(good)
     torch.jit.trace(lambda x: (x, x.flatten(1)), torch.zeros(2, 3, 16, 16)).save(str(bad))
     small, again = ["--data", folder, *SMALL, "--steps", 1, "--out", run], ["--resume", "--out", run, "--device", "cpu"]
-    assert_refused(cli(vae_began, *small, "--classifier", bad), f"--classifier {bad}", "3, 16, 16", "logits")
+    refused = cli(vae_began, "--data", photos, *small[2:], "--classifier", bad)
+    assert_refused(refused, f"--classifier {bad}", "3, 16, 16", "logits")
+    assert_refused(cli(vae_began, *small, "--samples", 9), "--samples 9", "at least 10")
     assert not run.exists()
     for arguments, samples, count in ((small, 12, 12), (again, 500, 27)):  # there are 27 to train on
         assert cli(vae_began, *arguments, "--samples", samples, "--classifier", good).status == 0
         with Image.open(run / "figure8_arithmetic.png") as image:
-            assert image.size == (9 * 68 + 4, 3 * 68 + 4)
-
-            boxes = [[(4 + 68 * i, y, 68 + 68 * i, y + 40) for i in range(9)] for y in (28, 96, 164)]
+            assert image.size == (10 * 64 + 8, 3 * 68 + 4)
+            boxes = [[(4 + 64 * i, y, 68 + 64 * i, y + 40) for i in range(1, 10)] for y in (28, 96, 164)]
             kinds = [len({image.crop(box).tobytes() for box in row}) for row in boxes]
             assert min(kinds[:2]) > 4 and kinds[2] == 1  # no image has the third attribute
         results = json.loads((run / "results.json").read_text())
@@ -413,15 +456,22 @@ def test_the_settings_reach_the_training_step_the_figures_and_the_measure(photos
         seen.append((model, *given, z_g.shape, epsilon.shape))
         return train_step(nets, optimizer, model, weights, x, z_g, epsilon)
 
-    def measure(nets, data, z, model, weights, classifier, samples):
-        seen.append((len(data.train), len(z), model, [weights[name] for name in WEIGHTS], classifier, samples))
+    def measure(nets, data, z, alpha, eta):
+        seen.append((len(data.train), len(z), alpha, eta))
         return {}
 
-    seen, shown, train_step = [], [], vae_began.train_step
+    def measure_inception(nets, data, latent_dim, judge, count, device):
+        judged.append((len(data.train), latent_dim, judge, count, device.type))
+        return {}
+
+    seen, shown, judged, train_step = [], [], [], vae_began.train_step
     monkeypatch.setattr(vae_began, "measure", measure)
+    monkeypatch.setattr(vae_began, "measure_inception", measure_inception)
+    monkeypatch.setattr(vae_began, "load_classifier", lambda name, *call: (name, *call) if name != "none" else None)
     monkeypatch.setattr(vae_began, "train_step", step)
-    monkeypatch.setattr(vae_began, "save_figures", lambda *call, **last: shown.append((*call[1:], last)))
-    settings = "--alpha 3 --beta 4 --gamma 5 --eta 6 --gains 0.1 0.2 0.3 --lr 1e-3 --samples 20 --seed".split()
+    monkeypatch.setattr(vae_began, "save_figures", lambda nets, data, z, out, step: shown.append((data, z, step)))
+    settings = "--alpha 3 --beta 4 --gamma 5 --eta 6 --gains 0.1 0.2 0.3 --lr 1e-3 --samples 20".split()
+    settings += ["--classifier", "c", "--seed"]
     given, default = ([3, 4, 5, 6], [0.1, 0.2, 0.3], 1e-3), ([0.3, 0.1, 0.1, 0.5], [1e-3, 1e-5, 1e-5], 5e-5)
     began = [0.3, 0, 0.1, 0.5], [1e-3, 0, 0], 5e-5
     runs = [("vae-began", [*settings, 0], given), ("began", [*settings, 9], given)]
@@ -429,10 +479,11 @@ def test_the_settings_reach_the_training_step_the_figures_and_the_measure(photos
         small = ["--data", photos, *SMALL, "--steps", 1, "--latent-dim", 7, "--out", tmp_path / str(len(shown))]
         assert cli(vae_began, *small, "--model", model, *more).status == 0
         assert seen[-2] == (model, *expected, (0.9, 0.999), 1e-8, (4, 7), (4, 7))
-        assert seen[-1] == (27, 256, model, expected[0], None, 20 if more else 50_000)
-        found = [(len(data.heldout), *more) for data, _, _, *more in shown[-2:]]
-        assert found == [(3, 1, {"last": False}), (3, 1, {})]
-        assert torch.equal(shown[-1][1], shown[0][1])  # the same latents whatever the seed
+        assert seen[-1] == (27, 256, expected[0][0], expected[0][3])
+        data, z, step_shown = shown[-1]
+        assert len(data.heldout) == 3 and step_shown == 1
+        assert torch.equal(z, shown[0][1])  # the same latents whatever the seed
+    assert judged == [(27, 7, ("c", 16, torch.device("cpu")), 20, "cpu")] * 2 and len(shown) == 5
 
 
 def test_the_defaults_are_the_paper_s():
