@@ -4,16 +4,16 @@
 # ///
 """Autoencoding generative adversarial networks (Conor Lazarou, 2020, https://arxiv.org/abs/2004.05472).
 
-A generator G from latents to images, an encoder E back, and discriminators D_x of images, D_z of latents. G and E must
-fool them with what they make of real latents and images, x_hat and z_hat, and of each other's output, x_tilde and
-z_tilde, which must be the x and z that they began with. G has to give back every image, which mitigates collapse.
+A generator G from latents to images, an encoder E back, and discriminators D_x of images, D_z of latents. x_hat = G(z)
+and x_tilde = G(E(x)) must look real to D_x, z_hat = E(x) and z_tilde = E(G(z)) to D_z. Also x_tilde must equal x, and
+z_tilde z: so G and E become inverse to each other, G has to give back every image, and should not collapse.
 
     python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python aegan.py --data photos/ --out runs/photos    # the paper's set-up on a folder of images
     python aegan.py --model gan --out runs/gan          # the paper's baseline: the same G and D_x alone
 
 paper -> code
-    Section 3.1  x, z; x_hat = G(z), z_hat = E(x), x_tilde = G(E(x)), z_tilde = E(G(z))
+    Section 3.1  x, z; x_hat = G(z), z_hat = E(x), x_tilde = G(E(x)), z_tilde = E(G(z)); D(.) is the sigmoid of a logit
     Figure 2     the four networks                    Generator, Encoder (E and D_x), LatentDiscriminator
     Eq. 2-5      adversarial losses                   discriminator_loss (for D), generator_loss (for G, E)
     Eq. 6, 7     reconstruction, the whole objective  aegan_losses; which loss moves which network: train_step
@@ -21,19 +21,21 @@ paper -> code
     Figure 1     interpolation between real images    save_interpolations
     Figures 3, 4 samples; pairs of x and x_tilde      save_figures
     Section 4.1  "total mode collapse" of the GAN     sample_diversity
+    Section 4.2  blurry AAE; G and E as inverses      measure: sharpness; heldout_l1, latent_mse
 
 Rulings, where the paper is silent or contradicts itself
-    - It names no architecture and no weights: numbers that cite no section are those of the author's code, to which it
-      refers, https://github.com/ConorLazarou/AEGAN-keras, or Adam's usual.
+    - It names no widths, depths or loss weights. These (at 64x64), the noise, the learning rates and Adam's numbers are
+      those of the author's code, to which it refers: https://github.com/ConorLazarou/AEGAN-keras.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
-    - Eq. 4 and 5 print their expectations with x and z swapped: the real latents are the prior's.
+    - Eq. 4 and 5 misname the variables under their expectations. Real latents are the prior's.
     - The AAE has Eq. 4 and the image half of Eq. 6, as in that code.
 Departures
-    - G and E minimise -log D(fake), not log(1 - D(fake)); only D's labels are smoothed; the norms of Eq. 6 are means,
-      over pixels and over latent dimensions, the second one squared: as in that code.
-    - There D takes four steps, one kind of batch each, then G and E four against it, on fresh batches. Here each takes
-      one, all at one point, on the sum of its terms, which is what is clipped; D's fakes have E's noise.
-    - Eq. 2 to 5 are weighed for G and E by alpha, from that code, which is 1.
+    - G and E minimise -log D(fake), not log(1 - D(fake)), and only D's labels are smoothed, as in that code.
+    - The norms of Eq. 6 are means, the second one squared, as in that code: so the lambdas have another scale.
+    - A step of that code is four updates of D_x and D_z, then four of G and E, each on a new batch of one kind. Here it
+      is one of each, with gradients taken before any network moves: a quarter of the updates.
+    - Each parameter's gradient is clipped to a norm of 1, as there. E's noise is on where D's fakes are made. G and E
+      weigh Eq. 2 to 5 by alpha, 1 as there; --quick weighs them, and latents, less.
     - Each image of a batch is mirrored with probability 1/2, for the paper's mirrored copies.
 """
 
@@ -57,11 +59,11 @@ MODELS = {"aegan": ("G", "E", "D_x", "D_z"), "gan": ("G", "D_x"), "aae": ("G", "
 IMAGE_SIZES = {16: 2, 32: 3, 64: 4, 128: 5, 256: 6}  # and how often each is halved to reach 4x4
 REAL, FAKE = 0.95, 0.05  # the discriminators' labels
 LEAK = 0.02  # slope of the discriminators' leaky ReLU
-INPUT_NOISE = 0.01  # deviation of the noise added to what E, D_x and D_z take, ...
-LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # ... and of the factors on what their layers give: Keras's rate of 0.005
-INITIAL_STD = 0.02  # of weights, but for the style's and those of D_z
-BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam
-EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+INPUT_NOISE = 0.01  # deviation of the noise added to the inputs of E, D_x and D_z
+LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # deviation of their layers' multiplicative noise: Keras's rate of 0.005
+INITIAL_STD = 0.02  # of weights; the style's and those of D_z are Xavier uniform
+BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam; Keras's epsilon
+EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
@@ -99,7 +101,7 @@ class MultiplyNoise(nn.Module):
 
 def same_conv(c_in, c_out, kernel, stride=1):
     """Convolution with Keras's "same" padding: [N, c_in, H, H] -> [N, c_out, H / stride, H / stride]."""
-    before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
+    before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2  # an odd pixel goes after, as in Keras
     return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), nn.Conv2d(c_in, c_out, kernel, stride))
 
 
@@ -141,7 +143,7 @@ class Generator(nn.Module):
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
         doublings = IMAGE_SIZES[image_size]
-        self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)
+        self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)  # 2 2 2 2 1 1 at 64x64
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
         units = channels * 4 * 4  # 4x4 pixels
         self.trunk = nn.Sequential(nn.Linear(latent_dim, units), ChannelNorm(units), nn.ReLU())
@@ -163,7 +165,7 @@ class Generator(nn.Module):
 
 
 def build_networks(model, image_size, channels, latent_dim):
-    """The networks of MODELS[model] by the paper's names, in training mode; from one seed the same in all models."""
+    """The networks of MODELS[model], in training mode. All four are built, so that a seed gives all models the same."""
     if model not in MODELS or image_size not in IMAGE_SIZES:
         raise ValueError(f"model {model}, size {image_size}: there are {list(MODELS)} and {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
@@ -183,7 +185,7 @@ def build_networks(model, image_size, channels, latent_dim):
 
 
 def discriminator_loss(d_real, d_fake):
-    """Eq. 2 to 5 as D minimises them: -mean log D(real) - mean log(1 - D(fake)), with labels 0.95 and 0.05 for 1 and 0.
+    """Eq. 2 to 5 as D minimises them: -mean log D(real) - mean log(1 - D(fake)), with 0.95 and 0.05 as labels 1 and 0.
 
     d_real, d_fake: D's logits [N, 1], [M, 1]: D_x's of x and x_hat or x_tilde, D_z's of z and z_hat or z_tilde.
     """
@@ -199,15 +201,15 @@ def generator_loss(d_fake):
 def aegan_losses(nets, x, z, weights):
     """AEGAN, one forward pass: images x [N, 3, S, S] in [-1, 1] and latents z ~ N(0, I) [M, Z] -> {name: scalar}.
 
-    L_D_x, L_D_z and L_G_E are for the networks of that name to minimise, the others are the terms of L_G_E. weights of
-    these: {"alpha": 1, "lambda_rx": 10, "lambda_rz": 5} in the author's code.
+    L_D_x, L_D_z and L_G_E are for the networks of that name to minimise, the others are the terms of L_G_E. In weights
+    alpha is that of the four GAN terms, lambda_rx of r_x, lambda_rz of r_z: 1, 10 and 5 in the author's code.
     """
     G, E, D_x, D_z = nets["G"], nets["E"], nets["D_x"], nets["D_z"]
     x_hat, z_hat = G(z), E(x)
     x_tilde, z_tilde = G(z_hat), E(x_hat)
     # All that a discriminator judges goes through it at once, which is faster.
-    d_x, d_x_hat, d_x_tilde = D_x(torch.cat([x, x_hat, x_tilde])).split([len(x), len(z), len(x)])
-    d_z, d_z_hat, d_z_tilde = D_z(torch.cat([z, z_hat, z_tilde])).split([len(z), len(x), len(z)])
+    d_x, d_x_hat, d_x_tilde = D_x(torch.cat([x, x_hat, x_tilde])).split([len(x), len(x_hat), len(x_tilde)])
+    d_z, d_z_hat, d_z_tilde = D_z(torch.cat([z, z_hat, z_tilde])).split([len(z), len(z_hat), len(z_tilde)])
     L_D_x = discriminator_loss(d_x, d_x_hat) + discriminator_loss(d_x, d_x_tilde)  # Eq. 2, Eq. 3
     L_D_z = discriminator_loss(d_z, d_z_hat) + discriminator_loss(d_z, d_z_tilde)  # Eq. 4, Eq. 5
     GAN_x_hat, GAN_x_tilde = generator_loss(d_x_hat), generator_loss(d_x_tilde)  # Eq. 2, Eq. 3
@@ -259,7 +261,7 @@ def make_inputs(images, latent_dim, flip):
 
 
 def trainable(optimizer, *networks):
-    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -271,7 +273,7 @@ def train_step(nets, optimizer, model, weights, x, z):
     """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[model](nets, x, z, weights)
     optimizer.zero_grad()
-    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     if "D_x" in nets:
         losses["L_D_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # maximises Eq. 2, 3
     if "D_z" in nets:
@@ -279,15 +281,15 @@ def train_step(nets, optimizer, model, weights, x, z):
     G_E = [nets[name] for name in ("G", "E") if name in nets]
     losses["L_G_E"].backward(inputs=trainable(optimizer, *G_E))  # minimise Eq. 7
     gradients = [p.grad for p in nets.parameters() if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))  # one number a parameter
-    torch._foreach_div_(gradients, norms.clamp(min=1).unbind())  # each is clipped to a norm of 1
+    norms = torch.stack(torch._foreach_norm(gradients))  # of each parameter's gradient by itself
+    torch._foreach_div_(gradients, norms.clamp(min=1).unbind())  # clipped to 1, all in one call
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
 def record(step, inputs):
-    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
-    values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
+    tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -322,8 +324,8 @@ def save_figures(nets, data, z, out, step):
         x = to_float(data.heldout[:40]).to(z.device)
         save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x)), columns=5)
         pairs = min(5, len(x) // 2)
-        x_1 = x[:pairs]
-        x_2 = torch.cat([x[pairs : 2 * pairs - 1], x_1[-1:].flip(-1)])  # the last pair: an image and its mirror image
+        x_1, x_2 = x[:pairs], x[pairs : 2 * pairs].clone()
+        x_2[-1] = x_1[-1].flip(-1)  # the last pair: an image and its mirror image
         save_interpolations(out / "figure1_interpolations.png", nets, x_1, x_2)
     nets.train(was_training)
 
@@ -340,7 +342,7 @@ def edges(x):
 
 @torch.no_grad()
 def measure(nets, data, z):
-    """The figures of merit, of up to 1,000 held-out images, where there is an E, and of latents z [N, Z]."""
+    """sample_diversity, of latents z [N, Z]; with E also how well z and up to 1,000 held-out images are given back."""
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
@@ -383,8 +385,8 @@ def parse_args(argv):
     add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Section 4)")
     add("--latent-dim", type=int, default=32, help="dimensions Z of the latents (Section 4)")
     add("--channels", type=int, default=64, help="width of the narrowest layers of G, E, D_x (the author's code)")
-    add("--no-flip", action="store_true", help="do not add mirror images (Section 4)")
-    add("--lr", type=float, default=2e-4, help="learning rate of G and E (the author's code, as those below)")
+    add("--no-flip", action="store_true", help="turn off the mirroring of Section 4")
+    add("--lr", type=float, default=2e-4, help="learning rate of G and E (as all weights: the author's code)")
     add("--lr-discriminator", type=float, default=5e-4, help="learning rate of D_x and D_z")
     add("--alpha", type=float, default=1.0, help="weight of L_GAN (Eq. 2 to 5) for G and E")
     add("--lambda-rx", type=float, default=10.0, help="weight of image reconstruction (Eq. 6)")
@@ -409,7 +411,7 @@ def parse_args(argv):
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -420,7 +422,7 @@ def parse_args(argv):
 
 
 def restore(checkpoint, args, data, nets, optimizer):
-    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    """Restore the run, if arguments and images are still its own. Returns its step and the text of its log.csv."""
     for name, value in checkpoint[NAME].items():
         if getattr(args, name) != value and name not in MAY_CHANGE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
@@ -444,8 +446,10 @@ def main(argv=None):
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
         if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+            torch.cuda.set_stream(
+                torch.cuda.Stream(device)
+            )  # ordinary steps before a recording must not be on CUDA's default one
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
         fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
@@ -459,7 +463,7 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr, args.lr_discriminator)
     weights = {"alpha": args.alpha, "lambda_rx": args.lambda_rx, "lambda_rz": args.lambda_rz}
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
@@ -490,8 +494,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
+            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again
@@ -500,7 +504,7 @@ def main(argv=None):
     for name, value in results.items():
         print(f"{name:26}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
-    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": config}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
+# ///
 """Toward better reconstruction of style images with GANs (Lorbert, Ben-Zvi, Ciptadi, Oks, Tyagi, 2017).
 
 https://pdfslide.us/documents/toward-better-reconstruction-of-style-images-with-gans-the-rationale-of-using-gans.html
@@ -86,7 +90,7 @@ BETAS = (0.5, 0.999)  # the first: Section 5
 INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
-EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
@@ -302,7 +306,7 @@ def make_inputs(images, latent_dim):
 
 
 def trainable(optimizer, *networks):
-    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -314,7 +318,7 @@ def train_step(nets, optimizer, H, weights, unroll, x, z):
     """One update of every network, with gradients taken before any moves. Returns the losses: see bigan_losses."""
     losses = bigan_losses(nets, optimizer, H, weights, unroll, x, z)
     optimizer.zero_grad()
-    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)  # maximises Eq. 3
     losses["L_G_E"].backward(inputs=trainable(optimizer, nets["G"], nets["E"]))  # minimise Eq. 8
     optimizer.step()
@@ -322,8 +326,8 @@ def train_step(nets, optimizer, H, weights, unroll, x, z):
 
 
 def record(step, inputs):
-    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
-    values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
+    tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -462,7 +466,7 @@ def parse_args(argv):
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -473,7 +477,7 @@ def parse_args(argv):
 
 
 def restore(checkpoint, args, data, nets, optimizer):
-    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    """Restore the run, if arguments and images are still its own. Returns its step and the text of its log.csv."""
     for name, value in checkpoint[NAME].items():
         if getattr(args, name) != value and name not in MAY_CHANGE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
@@ -497,8 +501,10 @@ def main(argv=None):
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
         if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+            torch.cuda.set_stream(
+                torch.cuda.Stream(device)
+            )  # ordinary steps before a recording must not be on CUDA's default one
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
         fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
     try:
         H = Features().to(device) if args.lambda_3 > 0 else None
@@ -513,7 +519,7 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr)
     weights = {"lambda_1": args.lambda_1, "lambda_2": args.lambda_2, "lambda_3": args.lambda_3}
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-    run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     row = f"{args.experiment}: " if weights == EXPERIMENTS[args.experiment] else ""
     lambdas = ", ".join(f"{name} {value:g}" for name, value in weights.items())
@@ -546,8 +552,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
+            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again
@@ -556,7 +562,7 @@ def main(argv=None):
     for name, value in results.items():
         print(f"{name:26}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
-    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": config}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
-EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # at least 1
 COUNTS += ("log_every", "save_every")
 WEIGHTS = ("lr", "search_rate")  # at least 0
@@ -236,7 +236,7 @@ def to_unit(images):
 
 
 def trainable(optimizer, *networks):
-    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -252,7 +252,7 @@ def train_step(nets, optimizer, stage, x, z):
     nets["G"].train(with_gan)  # else G is frozen: in evaluation mode, and without gradients
     losses = LOSSES[stage](nets, x, z)
     optimizer.zero_grad()
-    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     if with_gan:
         losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)
         generators = [nets["G"], nets["IG"]] if stage == "bigan" else [nets["G"]]
@@ -270,8 +270,8 @@ def stage_of(step, method, gan_steps):
 
 
 def record(step, inputs):
-    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
-    values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
+    tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -546,7 +546,7 @@ def parse_args(argv):
         parser.set_defaults(**QUICK)
         if args.method == "search":
             parser.set_defaults(gallery=250)  # each takes long
-    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -562,7 +562,7 @@ def parse_args(argv):
 
 
 def restore(checkpoint, args, data, nets, optimizer):
-    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    """Restore the run, if arguments and images are still its own. Returns its step and the text of its log.csv."""
     for name, value in checkpoint[NAME].items():
         if getattr(args, name) != value and name not in MAY_CHANGE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
@@ -586,8 +586,10 @@ def main(argv=None):
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
         if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+            torch.cuda.set_stream(
+                torch.cuda.Stream(device)
+            )  # ordinary steps before a recording must not be on CUDA's default one
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
         fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
@@ -602,7 +604,8 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     invert = nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], args.search_steps, args.search_rate)
-    run = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "query", "device", "graph")}
+    not_kept = ("out", "resume", "query", "device", "graph")
+    config = {name: value for name, value in vars(args).items() if name not in not_kept}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     if args.query:
         nets.eval()
@@ -640,8 +643,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, None if stage == "gan" else invert, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
+            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     nets.eval()
@@ -660,7 +663,7 @@ def main(argv=None):
     for name, value in results.items():
         print(f"{name:40}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
-    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": config}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

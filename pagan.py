@@ -69,7 +69,7 @@ BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, in sides of the image
 CONTRAST = (0.5, 1.5)  # least and greatest factor
-EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
 WEIGHTS = ("lr", "crop", "l1_weight")  # at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: same images
@@ -255,7 +255,7 @@ def make_inputs(images, latent_dim, augmentation, p):
 
 
 def trainable(optimizer, *networks):
-    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -267,7 +267,7 @@ def train_step(nets, optimizer, reconstruction, l1_weight, x, x_aug, z, epsilon)
     """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[reconstruction](nets, x, x_aug, z, epsilon, l1_weight)
     optimizer.zero_grad()
-    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     losses["L_d_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # psi
     losses["L_d_z"].backward(inputs=trainable(optimizer, nets["D_z"]), retain_graph=True)  # zeta
     if "D_xx" in nets:
@@ -279,8 +279,8 @@ def train_step(nets, optimizer, reconstruction, l1_weight, x, x_aug, z, epsilon)
 
 
 def record(step, inputs):
-    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
-    values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
+    tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -484,7 +484,7 @@ def parse_args(argv):
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -497,7 +497,7 @@ def parse_args(argv):
 
 
 def restore(checkpoint, args, data, nets, optimizer):
-    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    """Restore the run, if arguments and images are still its own. Returns its step and the text of its log.csv."""
     for name, value in checkpoint[NAME].items():
         if getattr(args, name) != value and name not in MAY_CHANGE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
@@ -521,8 +521,10 @@ def main(argv=None):
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
         if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+            torch.cuda.set_stream(
+                torch.cuda.Stream(device)
+            )  # ordinary steps before a recording must not be on CUDA's default one
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
         fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
@@ -536,7 +538,7 @@ def main(argv=None):
     nets = build_networks(args.reconstruction, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     use = "" if args.reconstruction == "pair" else " only for the row AUG"
     a_x = f"a(x){use}: {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels)"
@@ -570,8 +572,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step, args.crop)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
+            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again
@@ -580,7 +582,7 @@ def main(argv=None):
     for name, value in results.items():
         print(f"{name:26}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
-    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": config}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
 }
 IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # side of the images: n, the width of their networks
 BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R = log2(S) - 2
-EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "alpha", "beta", "gamma", "eta")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
@@ -251,7 +251,7 @@ def make_inputs(images, latent_dim):
 
 
 def trainable(optimizer, *networks):
-    """The parameters of the networks, but for frozen ones. ValueError if the optimizer lacks one of them."""
+    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -263,7 +263,7 @@ def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
     """One update of every network, with gradients taken before any network moves, then of k. Returns the losses."""
     losses = LOSSES[model](nets, weights, x, z_g, epsilon)
     optimizer.zero_grad()
-    # A loss gives a gradient to its `inputs` alone. So the fakes are made once, and need no detach.
+    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     if "E" in nets:
         losses["L_enc"].backward(inputs=trainable(optimizer, nets["E"]), retain_graph=True)  # line 8: theta_e
     losses["L_gen"].backward(inputs=trainable(optimizer, nets["G"]), retain_graph=True)  # line 11: theta_d
@@ -274,8 +274,8 @@ def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
 
 
 def record(step, inputs):
-    """step(*inputs) as a CUDA graph: a function of other inputs. It returns the same tensors at each call, with new
-    values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
+    tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -491,7 +491,7 @@ def parse_args(argv):
         parser.set_defaults(**MODELS[args.model], filters=IMAGE_SIZES[args.image_size])
         if args.quick:
             parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -506,7 +506,7 @@ def parse_args(argv):
 
 
 def restore(checkpoint, args, data, nets, optimizer):
-    """Go back to where the checkpoint was made, if that was with these arguments and data: its step and log.csv."""
+    """Restore the run, if arguments and images are still its own. Returns its step and the text of its log.csv."""
     for name, value in checkpoint[NAME].items():
         if getattr(args, name) != value and name not in MAY_CHANGE:
             fail(f"{args.out} was made with {name} = {value}, not {getattr(args, name)}: give another --out")
@@ -530,8 +530,10 @@ def main(argv=None):
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
         if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # what precedes a recording must not be on the default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch's, where there is no such device
+            torch.cuda.set_stream(
+                torch.cuda.Stream(device)
+            )  # ordinary steps before a recording must not be on CUDA's default one
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
         fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
@@ -546,7 +548,7 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr)
     weights = {"alpha": args.alpha, "beta": args.beta, "gamma": args.gamma, "eta": args.eta}
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    run = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
@@ -577,8 +579,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: run, "step": step, "log": log, "random": random, **state}, out / "checkpoint.tmp")
+            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again
@@ -589,7 +591,7 @@ def main(argv=None):
     for name, value in results.items():
         print(f"{name:26}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
-    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": run}, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": config}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

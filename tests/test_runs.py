@@ -107,7 +107,7 @@ SCRIPTS = {
             (["--query", "PHOTOS"], ["there is no run in", "--query"]),
         ],
         "fixed": [
-            (["--method", "direct"], ["method = bigan, not direct"]),
+            (["--method", "search"], ["method = bigan, not search"]),
             (["--gan-steps", 5], ["gan_steps = 50000, not 5"]),
             (["--latent-dim", 5], ["latent_dim = 100, not 5"]),
         ],
