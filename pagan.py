@@ -521,9 +521,7 @@ def main(argv=None):
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
         if args.graph:
-            torch.cuda.set_stream(
-                torch.cuda.Stream(device)
-            )  # ordinary steps before a recording must not be on CUDA's default one
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # steps before a recording must not be on the default one
     except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
         fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
     try:

@@ -456,6 +456,14 @@ def test_classifiers_are_loaded_for_evaluation_and_unfit_ones_refused(script, cl
 
 
 @pytest.mark.parametrize("script", [pagan, vae_began])
+@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("invalid hash value")])
+def test_inception_without_its_whole_file_is_refused(script, error, monkeypatch):
+    monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", MagicMock(side_effect=error))
+    with pytest.raises(DataError, match=f"checkpoints/inception_v3_google-0cc3c7bd.pth, which cannot be had: {error}"):
+        script.load_classifier("inception", 16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("script", [pagan, vae_began])
 def test_inception_sees_images_of_299_pixels_in_its_own_range(script, monkeypatch):
     net, pooled = torchvision.models.inception_v3(weights=None, init_weights=False).eval(), []
     for parameter in (p for p in net.parameters() if p.ndim > 1):  # so that images differ
