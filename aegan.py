@@ -20,8 +20,7 @@ paper -> code
     Section 4    the baselines GAN (Eq. 1) and AAE    gan_losses, aae_losses; --model
     Figure 1     interpolation between real images    save_interpolations
     Figures 3, 4 samples; pairs of x and x_tilde      save_figures
-    Section 4.1  "total mode collapse" of the GAN     sample_diversity
-    Section 4.2  blurry AAE; G and E as inverses      measure: sharpness; heldout_l1, latent_mse
+    Sect. 4.1, 2 collapse, blur; G and E as inverses  measure: sample_diversity, sharpness; heldout_l1, latent_mse
 
 Rulings, where the paper is silent or contradicts itself
     - It names no widths, depths or loss weights. These (at 64x64), the noise, the learning rates and Adam's numbers are
@@ -67,9 +66,7 @@ EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choo
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
-QUICK = {
-    "image_size": 16, "channels": 16, "steps": 1100, "save_every": 300, "lr": 5e-4, "alpha": 0.05, "lambda_rz": 0.5
-}  # fmt: skip
+QUICK = dict(image_size=16, channels=16, steps=1100, save_every=300, lr=5e-4, alpha=0.05, lambda_rz=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -315,8 +312,7 @@ def save_interpolations(path, nets, x_1, x_2, columns=8):
 
 @torch.no_grad()
 def save_figures(nets, data, z, out, step):
-    """samples_<step>.png, Figure 3, of 100 of the latents z [N, Z], reconstructions_<step>.png, Figure 4, of up to 40
-    held-out images, and figure1_interpolations.png."""
+    """Figure 3, samples_<step>.png of latents z [N, Z], and Figures 4 and 1, of held-out images."""
     was_training = nets.training
     nets.eval()
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
@@ -377,7 +373,7 @@ def parse_args(argv):
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="aegan", help="the paper's model, or a baseline (Section 4)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
@@ -397,16 +393,14 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    path = Path(args.out, "checkpoint.pt")
+    path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
-        if not path.exists():
-            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
+            fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
@@ -416,9 +410,22 @@ def parse_args(argv):
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def open_device(args):
+    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+        if args.graph:
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    return device
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -432,25 +439,15 @@ def restore(checkpoint, args, data, nets, optimizer):
         fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    cpu_state, *cuda_states = checkpoint["random"]
-    torch.set_rng_state(cpu_state)
-    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    torch.set_rng_state(checkpoint["random"])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
     return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
-    """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-        if args.graph:
-            torch.cuda.set_stream(
-                torch.cuda.Stream(device)
-            )  # ordinary steps before a recording must not be on CUDA's default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
-        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    out = args.out
+    device = open_device(args)
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
         out.mkdir(parents=True, exist_ok=True)
@@ -458,7 +455,6 @@ def main(argv=None):
         fail(str(error))
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.model, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr, args.lr_discriminator)
     weights = {"alpha": args.alpha, "lambda_rx": args.lambda_rx, "lambda_rz": args.lambda_rz}
@@ -494,8 +490,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
+            state |= {"random": torch.get_rng_state(), "random_on_cuda": torch.cuda.get_rng_state_all()}
+            torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again

@@ -94,7 +94,7 @@ EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choo
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
-QUICK = {"image_size": 16, "channels": 32, "latent_dim": 32, "steps": 1700, "unroll": 1, "lr": 5e-4, "save_every": 500}
+QUICK = dict(image_size=16, channels=32, latent_dim=32, steps=1700, unroll=1, lr=5e-4, save_every=500)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -436,7 +436,7 @@ def parse_args(argv):
     add("--unroll", type=int, default=8, help="K, D's updates that G and E look ahead (Section 5); 0: a plain BiGAN")
     add("--stochastic-encoder", action="store_true", help="E gives a mean and a variance (footnote 1)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=200_000, help="updates of every network (Section 5)")
@@ -452,16 +452,14 @@ def parse_args(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     parser.set_defaults(**EXPERIMENTS[args.experiment])
-    path = Path(args.out, "checkpoint.pt")
+    path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
-        if not path.exists():
-            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
+            fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
@@ -471,9 +469,22 @@ def parse_args(argv):
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def open_device(args):
+    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+        if args.graph:
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    return device
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -487,25 +498,15 @@ def restore(checkpoint, args, data, nets, optimizer):
         fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    cpu_state, *cuda_states = checkpoint["random"]
-    torch.set_rng_state(cpu_state)
-    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    torch.set_rng_state(checkpoint["random"])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
     return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
-    """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-        if args.graph:
-            torch.cuda.set_stream(
-                torch.cuda.Stream(device)
-            )  # ordinary steps before a recording must not be on CUDA's default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
-        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    out = args.out
+    device = open_device(args)
     try:
         H = Features().to(device) if args.lambda_3 > 0 else None
         data = load_data(args.data, args.image_size, args.batch_size)
@@ -514,16 +515,13 @@ def main(argv=None):
         fail(str(error))
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.image_size, args.channels, args.latent_dim, args.stochastic_encoder).to(device)
     optimizer = build_optimizer(nets, args.lr)
     weights = {"lambda_1": args.lambda_1, "lambda_2": args.lambda_2, "lambda_3": args.lambda_3}
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
-    row = f"{args.experiment}: " if weights == EXPERIMENTS[args.experiment] else ""
-    lambdas = ", ".join(f"{name} {value:g}" for name, value in weights.items())
-    print(f"{row}{lambdas} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
+    print(f"{weights} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
     step_function = partial(train_step, nets, optimizer, H, weights, args.unroll)
@@ -552,8 +550,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
+            state |= {"random": torch.get_rng_state(), "random_on_cuda": torch.cuda.get_rng_state_all()}
+            torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again

@@ -22,7 +22,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 
 SUFFIXES = {*IMG_EXTENSIONS, ".gif", ".jfif", ".avif"} & Image.registered_extensions().keys()  # those that Pillow reads
 ATTRIBUTE_FILES = ("attributes.csv", "list_attr_celeba.csv", "list_attr_celeba.txt")
@@ -99,20 +99,17 @@ def read_image(path, size):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.fit(image.convert("RGB"), (size, size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pil_to_tensor(image)
 
 
 def _find_files(folder):
     """All files below the folder, in the order of their paths; links to folders are followed, but no folder twice."""
-    files, seen = [], set()
+    found = {}  # by the real path of the folder that they are in
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        if os.path.realpath(parent) in seen:
-            folders.clear()  # os.walk goes into those that stay in the list
-            continue
-        seen.add(os.path.realpath(parent))
-        files += [Path(parent, name) for name in names if not name.startswith("._")]  # those are macOS's own
-    return sorted(files)
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in found else sorted(folders)  # os.walk goes into these
+        found.setdefault(real, [Path(parent, name) for name in names if not name.startswith("._")])  # those are macOS's
+    return sorted(file for files in found.values() for file in files)
 
 
 def _load_folder(folder, size, seed):
@@ -144,12 +141,12 @@ def _load_folder(folder, size, seed):
     if skipped:
         print(f"skipped {len(skipped)} that cannot be read: {', '.join(skipped[:3])}", file=sys.stderr)
     others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in SUFFIXES)
-    left_out = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(5))
+    left_out = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(5)) or "none"
     if others:
         print(f"left out files of other kinds: {left_out}", file=sys.stderr)
     if len(used) < 20:  # two held out
-        found = f"{folder} holds {len(used)} readable images (other files: {left_out or 'none'})"
-        raise DataError(f"{found}: give at least 20 of {' '.join(sorted(SUFFIXES))}")
+        needed = f"give at least 20 of {' '.join(sorted(SUFFIXES))}"
+        raise DataError(f"{folder} holds {len(used)} readable images (other files: {left_out}): {needed}")
     attributes, labels = _read_attributes(folder, used)
     return images[: len(used)], attributes, labels, used
 
@@ -164,25 +161,23 @@ def _read_attributes(folder, paths):
     file = next(filter(Path.is_file, places), None)
     if file is None:
         return [], torch.zeros(len(paths), 0, dtype=torch.bool)
-    lines = [line for line in file.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+    lines = file.read_text("utf-8-sig", "replace").splitlines()
     if file.suffix == ".txt":  # CelebA's: the number of images, the names, then a file name and 1 or -1 for each
-        header, *rows = [line.split() for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
-    else:
-        header, *rows = csv.reader(lines or ["file"])
-    bad = [row for row in rows if len(row) != len(header) or not set(row[1:]) <= {"0", "1", "-1"}]
+        lines = [",".join(line.split()) for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
+    header, *rows = csv.reader(lines or ["file"])
+    rows = [row for row in rows if len(row) == len(header) and {*row[1:]} <= {"0", "1", "-1"}]
     table = {row[0]: [value == "1" for value in row[1:]] for row in rows}
     # An image is found by its path from the attribute file, or by its name if no other image has that.
     count = Counter(path.name for path in paths)
     keys = [Path(os.path.relpath(path, file.parent)).as_posix() for path in paths]
     keys = [path.name if key not in table and count[path.name] == 1 else key for key, path in zip(keys, paths)]
     missing = [key for key in keys if key not in table]
-    if not bad and not missing:
-        return header[1:], torch.tensor([table[key] for key in keys], dtype=torch.bool)
-    reason = f"has no row for {len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
-    if bad:
-        reason = f"has a row that is not a file name and {len(header) - 1} values 0 or 1: {' '.join(bad[0])[:60]}"
-    print(f"going on without attributes: {file} {reason}", file=sys.stderr)
-    return [], torch.zeros(len(paths), 0, dtype=torch.bool)
+    if missing:
+        row = f"row of a file name and {len(header) - 1} values 0 or 1"
+        named = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
+        print(f"going on without attributes: {file} has no {row} for {named}", file=sys.stderr)
+        return [], torch.zeros(len(paths), 0, dtype=torch.bool)
+    return header[1:], torch.tensor([table[key] for key in keys], dtype=torch.bool)
 
 
 def _load_torchvision(dataset, size, seed, root):
@@ -214,14 +209,14 @@ def save_grid(path, *batches, columns=10, captions=()):
         tiles = tiles.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
         if number < len(captions):
             for tile, text in zip(tiles, captions[number]):
-                image = Image.fromarray(tile.permute(1, 2, 0).numpy())
+                image = to_pil_image(tile)
                 pen = ImageDraw.Draw(image)
                 pen.rectangle(pen.textbbox((1, 0), text), "black")
                 pen.text((1, 0), text, "white")
-                tile.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+                tile.copy_(pil_to_tensor(image))
         groups.append(tiles)
     grid = torchvision.utils.make_grid(torch.cat(groups, dim=-1), nrow=columns, padding=4, pad_value=255)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    to_pil_image(grid).save(path)
 
 
 def draw_faces(count, size, seed=0):
@@ -231,7 +226,7 @@ def draw_faces(count, size, seed=0):
     labels = torch.empty(count, len(FACE_ATTRIBUTES), dtype=torch.bool)
     for i in range(count):
         image, parts = draw_face(random.Random(f"{seed} {i}"), size)
-        images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        images[i] = pil_to_tensor(image)
         labels[i] = torch.tensor([name in parts for name in FACE_ATTRIBUTES])
         if (i + 1) % 1000 == 0:
             print(f"drew {i + 1} of {count} faces", end="\r" if i + 1 < count else "\n", file=sys.stderr, flush=True)

@@ -25,15 +25,13 @@ paper -> code
     Algorithm 1  the paper's AEGAN, Eq. 6 to 8        aegan_losses, train_step (not the AEGAN of aegan.py)
     Figure 2     reconstructed samples; Table 1       save_figures; measure_inversion: dhash_similarity
     Figures 3, 4 search with changed, other images    change_images, save_found; measure_search: search_top1_...
-    Table 2      label similarity of what is found    label_agreement
-    Section 4.2  dHash, pHash, colour histogram       dhash, phash, colour_histogram; describe, distances
+    Section 4.2  what is compared; Table 2            dhash, phash, colour_histogram, distances; label_agreement
     Figure 5     blurred images restored              save_figures; measure_inversion: deblur_l1_after
 
 Rulings, where the paper is silent or contradicts itself
     - "Equation (4)" in Algorithm 1 means Eq. 5; its IG(G(x)) is IG(G(z)).
     - Table 3 is of 64x64 images. 16x16 and 32x32 leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - Initial weights and leaky ReLU are DCGAN's.
     - The steps are not said: 50,000 for each of the two stages. The BiGAN and search have one stage.
     - Eq. 3 has labels, Section 4.1 has none: none. Eq. 3 and 5 are means over dimensions or pixels.
     - Eq. 8 prints a plain gradient step, the Appendix has Adam: Adam.
@@ -74,10 +72,7 @@ COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent
 COUNTS += ("log_every", "save_every")
 WEIGHTS = ("lr", "search_rate")  # at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "search_steps", "search_rate", "gallery")  # with --resume
-QUICK = {
-    "image_size": 16, "channels": 32, "latent_dim": 32, "gan_steps": 2500, "steps": 4000, "gallery": 2000,
-    "search_steps": 50, "save_every": 1000,
-}  # fmt: skip
+QUICK = dict(image_size=16, channels=32, latent_dim=32, gan_steps=2500, steps=4000, gallery=2000, save_every=1000)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -408,8 +403,9 @@ def save_figures(nets, invert, data, z, out, step):
         blurred = blur(samples[:24])
         restored = generate(nets["G"], invert(blurred))
         triples = to_signed(samples[:24]), to_signed(blurred), to_signed(restored)
-        captions = [["original"], ["blurred"], ["restored"]]
-        save_grid(out / "figure5_deblurred.png", *triples, columns=3, captions=captions)
+        save_grid(
+            out / "figure5_deblurred.png", *triples, columns=3, captions=[["original"], ["blurred"], ["restored"]]
+        )
     for module, training in modes:
         module.training = training
 
@@ -438,17 +434,13 @@ def sample_diversity(samples, images):
 
 @torch.no_grad()
 def measure_inversion(nets, invert, data, z, count):
-    """Table 1 and Figure 5, of images generated from z [N, Z], and reconstructions of up to count held-out images."""
-    modes = [(module, module.training) for module in nets.modules()]
-    nets.eval()
+    """Table 1 and Figure 5, of images generated from z [N, Z]; reconstructions of up to count held-out images."""
     x = to_unit(data.heldout[:count].to(z.device))
     x_prime = torch.cat([generate(nets["G"], invert(part)) for part in x.split(250)])
     mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)
     samples = generate(nets["G"], z)
     again = generate(nets["G"], invert(samples))
     restored = generate(nets["G"], invert(blur(samples)))
-    for module, training in modes:
-        module.training = training
     return {
         "dhash_similarity": (dhash(samples) == dhash(again)).float().mean().item(),  # the share of equal bits
         "dhash_similarity_of_unlike": (dhash(x) == dhash(x.roll(1, dims=0))).float().mean().item(),  # chance
@@ -480,17 +472,36 @@ def measure_search(descriptors, data, described, count):
     return results
 
 
+def measure(nets, invert, untrained, data, z, out, gallery):
+    """All figures of merit, of latents z [N, Z] and up to 1,000 held-out images, and Figures 3 and 4. untrained: an IG,
+    to compare with. gallery: how many of the images to train on are searched."""
+    count = 1000 if "IG" in nets else 64  # gradient search is slow
+    modes = [(module, module.training) for module in nets.modules()]
+    nets.eval()
+    descriptors = {"codes": invert, "dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}
+    descriptors |= {"pixels": nn.Flatten(), "untrained": untrained.eval()}  # controls
+    described = describe(to_unit(data.train[:gallery].to(z.device)), descriptors)
+    save_found(out, descriptors, data, described)
+    results = measure_inversion(nets, invert, data, z[:count], count)
+    results |= measure_search(descriptors, data, described, min(count, len(z)))
+    for module, training in modes:
+        module.training = training
+    return results
+
+
 @torch.no_grad()
-def save_query(path, invert, x, gallery, paths):
-    """--query: print which nine of the gallery, uint8 [M, 3, S, S], have the codes nearest to that of x, [3, S, S], and
-    save them as a picture. invert: in evaluation mode. paths: of the gallery, or ()."""
-    query, found = (describe(to_unit(images), {"codes": invert}) for images in (x[None], gallery))
-    distance = distances(query, found)["codes"][0]
+def save_query(path, nets, invert, x, data, gallery, device):
+    """--query: print which nine of the first images to train on, gallery of them, have the codes nearest to that of x,
+    uint8 [3, S, S], and save them as a picture. The networks are left in evaluation mode."""
+    nets.eval()
+    images = data.train[:gallery]
+    query, found = (describe(to_unit(part.to(device)), {"codes": invert}) for part in (x[None], images))
+    distance = distances(query, found)["codes"][0].cpu()
     shortest, index = distance.topk(min(9, len(distance)), largest=False)
     for d, i in zip(shortest.tolist(), index.tolist()):
-        print(f"{d:8.3f}  {paths[i] if paths else f'training image {i}'}")
+        print(f"{d:8.3f}  {data.paths[i] if data.paths else f'training image {i}'}")
     captions = [["query", *(f"{d:.2f}" for d in shortest)]]
-    save_grid(path, to_signed(to_unit(torch.cat([x[None], gallery[index]]))), captions=captions)
+    save_grid(path, to_signed(to_unit(torch.cat([x[None], images[index]]))), captions=captions)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -513,9 +524,9 @@ def parse_args(argv):
     add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN, then IG (bigan: none; search: all steps)")
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
-    add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2; quick search 250)")
+    add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=100_000, help="all updates, those of the DCGAN included")
@@ -530,22 +541,22 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    path = Path(args.out, "checkpoint.pt")
+    path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume or args.query:
-        if not path.exists():
-            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume and --query")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
+            fail(
+                f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume and --query"
+            )
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
         if args.method == "search":
-            parser.set_defaults(gallery=250)  # each takes long
+            parser.set_defaults(gallery=250, search_steps=50)  # each image takes long
     args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
@@ -556,9 +567,22 @@ def parse_args(argv):
         fail(f"--gan-steps {args.gan_steps} leave none of --steps {args.steps} for IG: change one of them")
     if args.query and two_stages and checkpoint["step"] <= args.gan_steps:
         fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def open_device(args):
+    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+        if args.graph:
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    return device
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -572,25 +596,15 @@ def restore(checkpoint, args, data, nets, optimizer):
         fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    cpu_state, *cuda_states = checkpoint["random"]
-    torch.set_rng_state(cpu_state)
-    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    torch.set_rng_state(checkpoint["random"])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
     return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
-    """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-        if args.graph:
-            torch.cuda.set_stream(
-                torch.cuda.Stream(device)
-            )  # ordinary steps before a recording must not be on CUDA's default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
-        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    out = args.out
+    device = open_device(args)
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
         query = read_image(args.query, args.image_size) if args.query else None
@@ -599,25 +613,21 @@ def main(argv=None):
         fail(str(error))
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.method, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     invert = nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], args.search_steps, args.search_rate)
-    not_kept = ("out", "resume", "query", "device", "graph")
-    config = {name: value for name, value in vars(args).items() if name not in not_kept}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "query", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     if args.query:
-        nets.eval()
-        save_query(out / "query.png", invert, query.to(device), data.train[: args.gallery].to(device), data.paths)
-        return
+        return save_query(out / "query.png", nets, invert, query, data, args.gallery, device)
     print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
-        stage = stage_of(step, args.method, args.gan_steps)
-        if step == begin + 1 or stage != stage_of(step - 1, args.method, args.gan_steps):
+        if step in (begin + 1, args.gan_steps + 1):
+            stage = stage_of(step, args.method, args.gan_steps)
             step_function = partial(train_step, nets, optimizer, stage)
             first_step = step
         inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim)
@@ -643,23 +653,14 @@ def main(argv=None):
         if save_due:
             save_figures(nets, None if stage == "gan" else invert, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
+            state |= {"random": torch.get_rng_state(), "random_on_cuda": torch.cuda.get_rng_state_all()}
+            torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    nets.eval()
     if begin == args.steps or args.method == "search":  # a finished run's are made again; search had no codes
         save_figures(nets, invert, data, z_shown, out, args.steps)
-    torch.manual_seed(0)
-    untrained = InverseGenerator(args.image_size, args.channels, args.latent_dim).to(device).eval()
-    descriptors = {"codes": invert, "dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}
-    descriptors |= {"pixels": nn.Flatten(), "untrained": untrained}  # to compare with: no method is in them
-    print("describing the gallery, for the search", flush=True)
-    described = describe(to_unit(data.train[: args.gallery].to(device)), descriptors)
-    save_found(out, descriptors, data, described)
-    count = 64 if args.method == "search" else 1000  # images that are measured: gradient search is slow
-    results = measure_inversion(nets, invert, data, z_shown[:count], count)
-    results |= measure_search(descriptors, data, described, len(z_shown[:count]))
+    untrained = build_networks("aegan", args.image_size, args.channels, args.latent_dim)["IG"].to(device)
+    results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)
     for name, value in results.items():
         print(f"{name:40}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity

@@ -73,10 +73,7 @@ EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choo
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
 WEIGHTS = ("lr", "crop", "l1_weight")  # at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: same images
-QUICK = {
-    "image_size": 16, "channels": 16, "latent_dim": 64, "batch_size": 16, "crop": 0.06, "steps": 2200, "lr": 3e-4,
-    "save_every": 1000,
-}  # fmt: skip
+QUICK = dict(image_size=16, channels=16, latent_dim=64, batch_size=16, crop=0.06, steps=2200, lr=3e-4, save_every=1000)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -450,12 +447,12 @@ def parse_args(argv):
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
     add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: NOAUG; with l1 only for the row AUG")
-    add("--crop", type=float, default=0.1, help="padding in sides of the image; the slides try 0, 0.05, 0.1, 0.15, 0.2")
+    add("--crop", type=float, default=0.1, help="padding, in sides of the image; rounded to pixels (slides: 0.05-0.2)")
     add("--l1-weight", type=float, default=10.0, help="of the L1 loss of PAGAN-L1")
     add("--classifier", default="none", help="none, inception or a TorchScript file, as tests/make_classifier.py makes")
     add("--samples", type=int, default=10_000, help="samples, and at most held-out and training images, to judge")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=100_000, help="updates of every network")
@@ -470,16 +467,14 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    path = Path(args.out, "checkpoint.pt")
+    path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
-        if not path.exists():
-            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
+            fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
@@ -491,9 +486,22 @@ def parse_args(argv):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
         fail(f"--crop {args.crop}: must be 0, or from more than half a pixel to half of the side")
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def open_device(args):
+    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+        if args.graph:
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    return device
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -507,23 +515,15 @@ def restore(checkpoint, args, data, nets, optimizer):
         fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    cpu_state, *cuda_states = checkpoint["random"]
-    torch.set_rng_state(cpu_state)
-    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    torch.set_rng_state(checkpoint["random"])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
     return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
-    """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-        if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # steps before a recording must not be on the default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
-        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    out = args.out
+    device = open_device(args)
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
         classifier = load_classifier(args.classifier, args.image_size, device)
@@ -532,15 +532,13 @@ def main(argv=None):
         fail(str(error))
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.reconstruction, args.image_size, args.channels, args.latent_dim).to(device)
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
-    use = "" if args.reconstruction == "pair" else " only for the row AUG"
-    a_x = f"a(x){use}: {args.augmentation} (crop: {round(args.crop * args.image_size)} pixels)"
-    print(f"{args.reconstruction}, {a_x} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
+    losses = f"{args.reconstruction} (a(x), with l1 only for the row AUG: {args.augmentation})"
+    print(f"{losses} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
     step_function = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
@@ -570,8 +568,8 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step, args.crop)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
+            state |= {"random": torch.get_rng_state(), "random_on_cuda": torch.cuda.get_rng_state_all()}
+            torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again

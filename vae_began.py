@@ -27,11 +27,11 @@ paper -> code
     Eq. 12       PID controller                       Controller
     Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
     Algorithm 1  1: build_networks; 2: draw_images (common.py); 4: make_inputs; 3, 5-13: vae_began_losses, train_step
-    Table 1      Inception score of three models      measure_inception; --model, began_losses; other rows: left out
+    Table 1      Inception score of three models      measure_inception; --model, began_losses
     Figures 2-4  samples; what D makes of them        save_figures; l1_of_d, balance (Section 5.2)
-    Figures 5, 7 images of other papers' models       left out
     Figure 6     interpolation between real images    save_interpolations
     Figure 8     arithmetic with attributes           save_arithmetic, attribute_directions
+    Left out     Figures 5 and 7 and the other rows of Table 1, which are of other papers' models
 
 Rulings, where the paper is silent or contradicts itself
     - Eq. 7 prints L_g as |x - x_g'|. We use |x_g - x_g'|, as in L_v and in BEGAN, because x_g has no partner x.
@@ -83,7 +83,7 @@ COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_eve
 WEIGHTS = ("lr", "alpha", "beta", "gamma", "eta")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
 SPLITS = 10  # of the images of an Inception score
-QUICK = {"image_size": 16, "filters": 16, "steps": 1400, "lr": 1e-3, "gamma": 5.0, "save_every": 500}
+QUICK = dict(image_size=16, filters=16, steps=1400, lr=1e-3, gamma=5.0, save_every=500)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -397,7 +397,7 @@ def l1_of_d(D, x):
 
 
 @torch.no_grad()
-def measure(nets, data, z, alpha, eta):
+def measure(nets, data, z, alpha, eta, classifier, count):
     """The figures of merit, of up to 1,000 held-out images and as many samples; their diversity is that of G(z)."""
     G, D = nets["G"], nets["D"]
     x = to_float(data.heldout[:1000]).to(z.device)
@@ -419,6 +419,8 @@ def measure(nets, data, z, alpha, eta):
     balanced = balance(L_d, L_fake, eta)
     results["eta_measured"] = balanced["eta_measured"].item()
     results["convergence_measure"] = balanced["convergence"].item()
+    if classifier:
+        results |= measure_inception(nets, data, z.shape[1], classifier, count, z.device)
     return results
 
 
@@ -460,7 +462,7 @@ def parse_args(argv):
     add("--classifier", default="none", help=files)
     add("--samples", type=int, default=50_000, help="images in the Inception score, at most as many as to train on")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
-    add("--out", default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
+    add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
@@ -475,16 +477,14 @@ def parse_args(argv):
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
-    path = Path(args.out, "checkpoint.pt")
+    path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
-        if not path.exists():
-            fail(f"there is no run in {args.out}: give the --out of a run, or leave out --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds on what is no checkpoint
-            fail(f"{path} is not a checkpoint of {NAME}.py: give the --out of one of its runs")
+            fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     else:
@@ -500,9 +500,22 @@ def parse_args(argv):
         fail(f"--samples {args.samples}: must be at least {SPLITS}")
     if not all(0 <= gain < math.inf for gain in args.gains):
         fail(f"--gains {args.gains}: must be finite and at least 0")
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
+
+
+def open_device(args):
+    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+        if args.graph:
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
+        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    return device
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -516,25 +529,15 @@ def restore(checkpoint, args, data, nets, optimizer):
         fail(f"the images of --data {args.data} are not those of the run in {args.out}: give those, or another --out")
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    cpu_state, *cuda_states = checkpoint["random"]
-    torch.set_rng_state(cpu_state)
-    torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    torch.set_rng_state(checkpoint["random"])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
     return checkpoint["step"], checkpoint["log"]
 
 
 def main(argv=None):
-    """The command line; see --help."""
     args, checkpoint = parse_args(argv)
-    out = Path(args.out)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-        if args.graph:
-            torch.cuda.set_stream(
-                torch.cuda.Stream(device)
-            )  # ordinary steps before a recording must not be on CUDA's default one
-    except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
-        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
+    out = args.out
+    device = open_device(args)
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
         classifier = load_classifier(args.classifier, args.image_size, device)
@@ -543,7 +546,6 @@ def main(argv=None):
         fail(str(error))
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32
     nets = build_networks(args.model, args.image_size, args.filters, args.latent_dim, args.gains).to(device)
     optimizer = build_optimizer(nets, args.lr)
     weights = {"alpha": args.alpha, "beta": args.beta, "gamma": args.gamma, "eta": args.eta}
@@ -579,15 +581,13 @@ def main(argv=None):
         if save_due:
             save_figures(nets, data, z_shown, out, step)
             state = {"networks": nets.state_dict(), "optimizer": optimizer.state_dict(), "images": data.checksum}
-            rng_states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            torch.save({NAME: config, "step": step, "log": log, "random": rng_states, **state}, out / "checkpoint.tmp")
+            state |= {"random": torch.get_rng_state(), "random_on_cuda": torch.cuda.get_rng_state_all()}
+            torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
     if begin == args.steps:  # a finished run: its figures are made again
         save_figures(nets, data, z_shown, out, begin)
-    results = measure(nets, data, z_shown, args.alpha, args.eta)
-    if classifier:
-        results |= measure_inception(nets, data, args.latent_dim, classifier, args.samples, device)
+    results = measure(nets, data, z_shown, args.alpha, args.eta, classifier, args.samples)
     for name, value in results.items():
         print(f"{name:26}{value:10.3f}")
     results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity

@@ -259,17 +259,17 @@ def test_two_images_of_one_name_share_no_row(labelled, capsys):
     assert_labels_belong_to_their_images(load_data(str(labelled), 8))
     (labelled / "attributes.csv").write_text("\n".join(["file,odd,large", *(f"{i}.png,1,1" for i in range(25))]))
     assert load_data(str(labelled), 8).attributes == ()
-    assert "has no row for 10 of 25 images: " in capsys.readouterr().err
+    assert "for 10 of 25 images: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("file,odd\n0.png,1", "has no row for 24 of 25 images: "),
-        ("file,odd\na.png,1", "has no row for 25 of 25 images: "),
-        ("file,odd\n0.png,7", "0.png 7"),
-        ("f,odd\n0.png", "0 or 1"),
-        ("", "has no row"),
+        ("file,odd\n0.png,1", "for 24 of 25 images: "),
+        ("file,odd\na.png,1", "for 25 of 25 images: "),
+        ("file,odd\n" + "\n".join(f"{i}.png,{i % 2 * 7}" for i in range(25)), "1 values 0 or 1 for 12 of 25 images: "),
+        ("f,odd\n0.png", "0 or 1 for 25"),
+        ("", "0 values 0 or 1 for 25"),
     ],
 )
 def test_attributes_that_do_not_fit_are_left_out_with_a_line_that_says_why(labelled, capsys, text, words):

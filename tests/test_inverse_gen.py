@@ -393,7 +393,7 @@ def stand_ins(train, heldout, attributes=()):
     return nn.ModuleDict({"G": Waves(), "IG": Corner()}), data, torch.rand(256, 3) * 4 - 2
 
 
-def test_measure_inversion_against_numpy():
+def test_measure_against_numpy(tmp_path):
     def spread(images):
         rows = images.flatten(1).double().numpy()
         return np.mean(np.concatenate([np.linalg.norm(rows[i + 1 :] - row, axis=1) for i, row in enumerate(rows)]))
@@ -401,7 +401,8 @@ def test_measure_inversion_against_numpy():
     nets, data, z = stand_ins(1100, 1030)
     x, made = data.heldout[:1000] / 255, Waves().eval()(z).sigmoid()
     nets["G"].eval()
-    results, blurred = inverse_gen.measure_inversion(nets, nets["IG"], data, z, 1000), inverse_gen.blur(made)
+    results = inverse_gen.measure(nets, nets["IG"], Corner(), data, z, tmp_path, 40)
+    blurred = inverse_gen.blur(made)
     assert (nets["G"].training, nets["IG"].training) == (False, True)  # as it found them
     difference = lambda a, b: 2 * np.abs(a.double().numpy() - b.numpy()).mean()  # noqa: E731
     expected = {
@@ -413,7 +414,9 @@ def test_measure_inversion_against_numpy():
         "heldout_l1": difference(restored(x), x),
         "heldout_l1_of_mean_image": difference(data.train.double().mean(0) / 255, x),
     }
-    assert results == pytest.approx(expected, rel=1e-5) and 0.3 < results["dhash_similarity"] < 0.95
+    assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert set(results) == {*expected, *(f"search_top1_{change}_{name}" for change in CHANGES for name in SEARCHED)}
+    assert 0.3 < results["dhash_similarity"] < 0.95
 
 
 @pytest.mark.parametrize("count, attributes", [(256, ()), (20, ("a", "b", "c")), (256, ("a", "b", "c"))])
@@ -486,12 +489,13 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
 
 def test_a_query_shows_the_nearest_nine_of_the_gallery(monkeypatch, tmp_path, capsys):
     shown, (nets, data, _) = [], stand_ins(300, 5)
+    data = data._replace(paths=())
     monkeypatch.setattr(inverse_gen, "save_grid", lambda path, *images, **options: shown.append((images, options)))
     x, path = data.train[270], tmp_path / "query.png"
     distance = distances(x[None] / 255, data.train / 255)["codes"][0]
     for count in (280, 260, 4):
         order = np.argsort(distance[:count])[:9]
-        inverse_gen.save_query(path, nets.eval()["IG"], x, data.train[:count], ())
+        inverse_gen.save_query(path, nets, nets["IG"], x, data, count, torch.device("cpu"))
         assert capsys.readouterr().out.splitlines() == [f"{distance[i]:8.3f}  training image {i}" for i in order]
         (images,), options = shown.pop()
         torch.testing.assert_close(images, torch.cat([x[None], data.train[order]]) / 127.5 - 1)
@@ -545,9 +549,9 @@ def test_the_settings_reach_the_steps_the_figures_and_the_results(method, photos
     assert tuple(descriptors) == SEARCHED and descriptors["codes"] is invert
     assert (heldout, count) == ((64, 64) if method == "search" else (1000, 256))
     control = descriptors["untrained"]
-    torch.manual_seed(0)
-    assert_same(dict(control.state_dict()), dict(inverse_gen.InverseGenerator(16, 2, 7).state_dict()))
+    assert 0.01 < control[0][0].weight.std() < 0.03 and (control[0][1].running_mean == 0).all()  # as it is built
     assert not any(module.training for module in control.modules())
+    seen["train_step"][0][0].eval()  # the networks, which are as they were before they were measured
     uniform = torch.rand(256, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1  # the same whatever the seed
     assert torch.equal(z, uniform[:count]) and all(torch.equal(row[3], uniform) for row in seen["save_figures"])
     for name, rows in inverse_gen.describe(data.train[:3] / 255, descriptors).items():
@@ -559,7 +563,7 @@ def test_the_settings_reach_the_steps_the_figures_and_the_results(method, photos
     query = ["--query", photos / "1.png", "--search-rate", 2, "--out", tmp_path, "--device", "cpu"]
     assert cli(inverse_gen, *query).status == 0
     trained = {key[3:]: value for key, value in load(tmp_path)["networks"].items() if key.startswith("IG.")}
-    for invert, rate in zip((seen["measure_inversion"][0][1], seen["save_query"][0][1]), (0.5, 2)):
+    for invert, rate in zip((seen["measure_inversion"][0][1], seen["save_query"][0][2]), (0.5, 2)):
         assert invert.args[1:] == (2, rate) if method == "search" else not invert.training
         assert_same(dict(invert.state_dict()) if trained else {}, trained)
 

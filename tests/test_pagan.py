@@ -487,7 +487,9 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)} | {"figure_augmentations": (2, 2, 4)}
     arguments = ["--data", photos, *TINY, "--steps", 5]
     out, results, header, _ = run_as_a_user("pagan", *arguments, cwd=tmp_path, pictures=pictures)
-    assert results["config"]["channels"] == 2 and out.startswith("pair, a(x): crop (crop: 2 pixels) on 27 images of ")
+    assert results["config"]["channels"] == 2 and out.startswith(
+        "pair (a(x), with l1 only for the row AUG: crop) on 27 images of "
+    )
     assert set(results) == {*NUMBERS, "steps", "config"}
     assert all(0 < results[name] < 255 and f"{name:26}{results[name]:10.3f}" in out for name in NUMBERS)
     assert header == "L_d_x L_d_z L_d_xx L_g L_e".split()
@@ -497,8 +499,8 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
 def test_every_row_of_the_ablation_study_trains(reconstruction, kind, photos, tmp_path, cli):
     more = ["--reconstruction", reconstruction, "--augmentation", kind, "--steps", 1, "--out", tmp_path]
     result = cli(pagan, "--data", photos, *TINY, *more)
-    shown = "l1, a(x) only for the row AUG" if reconstruction == "l1" else "pair, a(x)"
-    assert result.status == 0 and result.out.startswith(f"{shown}: {kind} (crop: 2 pixels) on "), result
+    assert result.status == 0 and result.out.startswith(f"{reconstruction} (a(x), with l1 only "), result
+    assert f": {kind}) on 27 images" in result.out
     assert log_of(tmp_path)[0] == ["step", *REACHED[reconstruction]]
     assert ("D_xx.0.bias" in load(tmp_path)["networks"]) == (reconstruction == "pair")
 

@@ -329,7 +329,9 @@ def test_measure_against_numpy(model):
         expected["heldout_l1"] = np.abs(G(mean) - x).mean()
         expected["heldout_l1_of_mean_image"] = np.abs(x - train.mean(0)).mean()
         expected["kl_nats"] = (0.5 * (mean**2 + np.exp(log_variance) - 1 - log_variance)).sum(1).mean()
-    assert vae_began.measure(nets, data, z, WEIGHTS["alpha"], WEIGHTS["eta"]) == pytest.approx(expected, rel=1e-4)
+    assert vae_began.measure(nets, data, z, WEIGHTS["alpha"], WEIGHTS["eta"], None, 9) == pytest.approx(
+        expected, rel=1e-4
+    )
     found = vae_began.measure_inception(nets, data, 5, Classifier().eval(), 130, torch.device("cpu"))
     noise = torch.randn(130, 5, generator=torch.Generator().manual_seed(1)).numpy()
     (score, deviation), (real, _) = (score_in_numpy(probabilities(x)) for x in (G(noise), train[:130]))
@@ -387,7 +389,7 @@ def test_evaluation_leaves_no_graph_and_the_modes_that_it_found(training, tmp_pa
     vae_began.save_figures(nets, data, z, tmp_path, 1)
     with Image.open(tmp_path / "figure8_arithmetic.png") as image:
         assert image.size == (10 * 64 + 8, 300 * 68 + 4)
-    vae_began.measure(nets, data, z, 0.3, 0.5)
+    vae_began.measure(nets, data, z, 0.3, 0.5, None, 9)
     assert all(module.training == training for module in nets.modules())
     assert not vae_began.encode(nets, to_float(images)).requires_grad
     assert not vae_began.attribute_directions(nets, data, z.device).requires_grad
@@ -456,15 +458,15 @@ def test_the_settings_reach_the_training_step_the_figures_and_the_measure(photos
         seen.append((model, *given, z_g.shape, epsilon.shape))
         return train_step(nets, optimizer, model, weights, x, z_g, epsilon)
 
-    def measure(nets, data, z, alpha, eta):
+    def measure(nets, data, z, alpha, eta, *rest):
         seen.append((len(data.train), len(z), alpha, eta))
-        return {}
+        return measured(nets, data, z, alpha, eta, *rest)
 
     def measure_inception(nets, data, latent_dim, judge, count, device):
         judged.append((len(data.train), latent_dim, judge, count, device.type))
         return {}
 
-    seen, shown, judged, train_step = [], [], [], vae_began.train_step
+    seen, shown, judged, train_step, measured = [], [], [], vae_began.train_step, vae_began.measure
     monkeypatch.setattr(vae_began, "measure", measure)
     monkeypatch.setattr(vae_began, "measure_inception", measure_inception)
     monkeypatch.setattr(vae_began, "load_classifier", lambda name, *call: (name, *call) if name != "none" else None)
