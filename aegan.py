@@ -62,7 +62,7 @@ INPUT_NOISE = 0.01  # deviation of the noise added to the inputs of E, D_x and D
 LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # deviation of their layers' multiplicative noise: Keras's rate of 0.005
 INITIAL_STD = 0.02  # of weights; the style's and those of D_z are Xavier uniform
 BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam; Keras's epsilon
-EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
@@ -258,7 +258,7 @@ def make_inputs(images, latent_dim, flip):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -285,8 +285,8 @@ def train_step(nets, optimizer, model, weights, x, z):
 
 
 def record(step, inputs):
-    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
-    tensors at each call, with new values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
+    That returns the same tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -399,7 +399,7 @@ def parse_args(argv):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
-        except Exception:  # torch.load raises many kinds on what is no checkpoint
+        except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
@@ -416,7 +416,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    """The torch.device of the run. With --graph also sets a new current stream: the default one cannot be recorded."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
@@ -440,7 +440,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
     return checkpoint["step"], checkpoint["log"]
 
 
@@ -451,7 +451,7 @@ def main(argv=None):
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
         out.mkdir(parents=True, exist_ok=True)
-    except (DataError, OSError) as error:  # which name the file or folder
+    except (DataError, OSError) as error:  # their messages name the file or folder
         fail(str(error))
 
     torch.manual_seed(args.seed)
@@ -475,7 +475,7 @@ def main(argv=None):
         if not (save_due or step % args.log_every == 0 or step == 1):
             continue
         bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
-        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+        if bad:  # the weights are checked, too: they can be lost while the losses are still finite
             fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
         values = {name: loss.item() for name, loss in losses.items()}
         log = log or ",".join(["step", *values]) + "\n"

@@ -90,7 +90,7 @@ BETAS = (0.5, 0.999)  # the first: Section 5
 INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
-EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
@@ -306,7 +306,7 @@ def make_inputs(images, latent_dim):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -326,8 +326,8 @@ def train_step(nets, optimizer, H, weights, unroll, x, z):
 
 
 def record(step, inputs):
-    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
-    tensors at each call, with new values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
+    That returns the same tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -458,7 +458,7 @@ def parse_args(argv):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
-        except Exception:  # torch.load raises many kinds on what is no checkpoint
+        except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
@@ -475,7 +475,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    """The torch.device of the run. With --graph also sets a new current stream: the default one cannot be recorded."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
@@ -499,7 +499,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
     return checkpoint["step"], checkpoint["log"]
 
 
@@ -511,7 +511,7 @@ def main(argv=None):
         H = Features().to(device) if args.lambda_3 > 0 else None
         data = load_data(args.data, args.image_size, args.batch_size)
         out.mkdir(parents=True, exist_ok=True)
-    except (DataError, OSError) as error:  # which name the file or folder
+    except (DataError, OSError) as error:  # their messages name the file or folder
         fail(str(error))
 
     torch.manual_seed(args.seed)
@@ -535,7 +535,7 @@ def main(argv=None):
         if not (save_due or step % args.log_every == 0 or step == 1):
             continue
         bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
-        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+        if bad:  # the weights are checked, too: they can be lost while the losses are still finite
             fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
         values = {name: loss.item() for name, loss in losses.items()}
         log = log or ",".join(["step", *values]) + "\n"

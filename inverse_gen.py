@@ -67,7 +67,7 @@ IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # the first: Appendix
 INITIAL_STD = 0.02  # of weights, DCGAN's
-EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # at least 1
 COUNTS += ("log_every", "save_every")
 WEIGHTS = ("lr", "search_rate")  # at least 0
@@ -231,7 +231,7 @@ def to_unit(images):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -265,8 +265,8 @@ def stage_of(step, method, gan_steps):
 
 
 def record(step, inputs):
-    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
-    tensors at each call, with new values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
+    That returns the same tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -547,7 +547,7 @@ def parse_args(argv):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
-        except Exception:  # torch.load raises many kinds on what is no checkpoint
+        except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(
                 f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume and --query"
             )
@@ -573,7 +573,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    """The torch.device of the run. With --graph also sets a new current stream: the default one cannot be recorded."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
@@ -597,7 +597,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
     return checkpoint["step"], checkpoint["log"]
 
 
@@ -609,7 +609,7 @@ def main(argv=None):
         data = load_data(args.data, args.image_size, args.batch_size)
         query = read_image(args.query, args.image_size) if args.query else None
         out.mkdir(parents=True, exist_ok=True)
-    except (DataError, OSError) as error:  # which name the file or folder
+    except (DataError, OSError) as error:  # their messages name the file or folder
         fail(str(error))
 
     torch.manual_seed(args.seed)
@@ -638,7 +638,7 @@ def main(argv=None):
         if not (save_due or step % args.log_every == 0 or step == 1):
             continue
         bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
-        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+        if bad:  # the weights are checked, too: they can be lost while the losses are still finite
             fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
         values = {name: loss.item() for name, loss in losses.items()}
         log = log or ",".join(["step", *COLUMNS]) + "\n"

@@ -4,11 +4,11 @@
 # ///
 """Pairwise augmented GANs with adversarial reconstruction loss (Alanov, Kochurov, Yashkov, Vetrov, 2018).
 
-https://arxiv.org/abs/1810.04920, of which the slides of 5 December 2018 are implemented
-A generator G from latents to images and an encoder E from images to latents, E(x) being a sample of a Gaussian q(z|x).
-What makes G(E(x)) like x is not a distance of pixels but a discriminator on pairs D(x, y): it tells (x, a(x)), an image
-and a random augmentation of it, from (x, G(E(x))). So G(E(x)) must show what x shows, but not at the same pixels. D(x)
-matches G's samples to the images, and D(z) E's latents to the prior.
+https://arxiv.org/abs/1810.04920. This implements the authors' slides of 5 December 2018.
+A generator G maps latents to images, an encoder E images to latents; E(x) is a sample of a Gaussian q(z|x). What makes
+G(E(x)) like x is not a distance of pixels but a discriminator on pairs D(x, y): it tells (x, a(x)), an image and a
+random augmentation of it, from (x, G(E(x))). So G(E(x)) must show what x shows, but it need not be at the same pixels.
+D(x) matches G's samples to the images, and D(z) E's latents to the prior.
 
     python pagan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python pagan.py --data photos/ --out runs/photos    # a folder of images
@@ -23,7 +23,7 @@ slides -> code
     Matching Encoder to Prior  D_z: L_d_z, and the first term of L_e, in pagan_losses
     Conditional Distributions  q(z|x): reparameterise; r(y|x): AUGMENTATIONS
     Augmentation Function      blur, contrast, crop; figure: save_figures
-    Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1; L2, perceptual: left out
+    Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1; L2 and perceptual losses: left out
     Drawbacks (table)          measure: l1_of_blur, l2_of_crop, ...; perceptual: left out
     Samples, Reconstructions   save_figures
     Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
@@ -34,13 +34,14 @@ Rulings, where the slides are silent or disagree with themselves
       more for 16x16 and 64x64. G's dense layer has batch norm, too, as in public code of SNGAN (chainer-gan-lib).
     - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
     - They name no settings. We take 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
-    - PAGAN-L1, PAGAN-NOAUG and AUG are not defined. We read: L1 for D_xx; a(x) = x; a(x) for G(E(x)).
-    - Crop pads by reflection, by 0.1 of the side, the slides' best by IS and FID, in whole pixels.
+    - Three names are not defined. We read: PAGAN-L1 has L1 in place of D_xx; in PAGAN-NOAUG a(x) is x; AUG, a row of
+      the tables, judges a(x) in place of G(E(x)).
+    - Crop pads by reflection. The padding is 0.1 of the side (the slides' best by IS and FID), rounded to pixels.
     - Blur and contrast have no strengths there: BLUR, CONTRAST, below. Which network judges is not said: --classifier.
     - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
 Departures
     - The slides' D is in [0, 1]; ours gives logits. Their p(x|z) is a distribution; ours is the point G(z).
-    - L1 and L2 are means over pixels, not squared norms as printed; PAGAN-L1's has a weight of 10.
+    - L1, and L2 in the results, are means over pixels, not squared norms as printed; PAGAN-L1's has a weight of 10.
     - The five updates are Adam's, not plain gradient steps. x_pr and x_rec share one batch normalisation in G.
 """
 
@@ -63,16 +64,20 @@ from torch.nn.utils.parametrizations import spectral_norm
 from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "pagan"
-IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths from S to 4x4, in --channels
+IMAGE_SIZES = {
+    16: (1, 2, 4),
+    32: (1, 2, 4, 8),
+    64: (1, 2, 4, 8, 16),
+}  # side S: channels at S, S/2, ..., 4, in multiples of --channels
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
-BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, in sides of the image
+BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, as a fraction of the image's side
 CONTRAST = (0.5, 1.5)  # least and greatest factor
-EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
 WEIGHTS = ("lr", "crop", "l1_weight")  # at least 0
-MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: same images
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
 QUICK = dict(image_size=16, channels=16, latent_dim=64, batch_size=16, crop=0.06, steps=2200, lr=3e-4, save_every=1000)
 
 
@@ -103,11 +108,11 @@ class Encoder(nn.Sequential):
 
 
 class ImageDiscriminator(nn.Sequential):
-    """D_x and D_xx: one or two images [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones."""
+    """D_x: images x [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones; D_xx: x, y -> for (x, a(x))."""
 
-    def __init__(self, image_size, channels, images):
+    def __init__(self, image_size, channels, image_count):
         widths = [channels * w for w in IMAGE_SIZES[image_size]]
-        layers = [spectral_norm(nn.Conv2d(3 * images, channels, 3, 1, 1)), nn.LeakyReLU(LEAK)]
+        layers = [spectral_norm(nn.Conv2d(3 * image_count, channels, 3, 1, 1)), nn.LeakyReLU(LEAK)]
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [spectral_norm(nn.Conv2d(c_in, c_in, 4, 2, 1)), nn.LeakyReLU(LEAK)]
             layers += [spectral_norm(nn.Conv2d(c_in, c_out, 3, 1, 1)), nn.LeakyReLU(LEAK)]
@@ -126,21 +131,22 @@ class LatentDiscriminator(nn.Sequential):
 
 
 def build_networks(reconstruction, image_size, channels, latent_dim):
-    """G, E, D_x, D_z and, for "pair", not for "l1", D_xx, in training mode."""
+    """G, E, D_x, D_z and, if the reconstruction is "pair", D_xx, in training mode."""
     if reconstruction not in LOSSES or image_size not in IMAGE_SIZES:
         raise ValueError(f"{reconstruction}, size {image_size}: there are {list(LOSSES)} and {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
     nets["E"] = Encoder(image_size, channels, latent_dim)
-    nets["D_x"] = ImageDiscriminator(image_size, channels, images=1)
+    nets["D_x"] = ImageDiscriminator(image_size, channels, image_count=1)
     nets["D_z"] = LatentDiscriminator(latent_dim)
     if reconstruction == "pair":
-        nets["D_xx"] = ImageDiscriminator(image_size, channels, images=2)
+        nets["D_xx"] = ImageDiscriminator(image_size, channels, image_count=2)
     return nets
 
 
 # ----------------------------------------------------------------------------------------------------- augmentations
 
 
+# All take images x, random numbers u [N, 2] and p; blur and contrast use one of the two, and no p.
 def crop(x, u, p):
     """Pad + crop: images padded with their reflection by p of their side, and S x S pixels of that from a random place.
     x: [N, 3, S, S]; ValueError if not square. u: [N, 2] in [0, 1), where to cut, down and across. -> [N, 3, S, S]."""
@@ -150,9 +156,10 @@ def crop(x, u, p):
     pad = round(p * size)
     offsets = (u * (2 * pad + 1)).long()  # from 0 to twice the padding
     pixels = offsets[:, :, None] + torch.arange(size, device=x.device)  # (N, 2, S): the rows and the columns to keep
-    rows = pixels[:, 0, None, :, None].expand(-1, 3, -1, size + 2 * pad)  # (N, 3, S, S + 2 pad)
-    columns = pixels[:, 1, None, None, :].expand(-1, 3, size, -1)  # (N, 3, S, S)
-    return F.pad(x, (pad, pad, pad, pad), mode="reflect").gather(2, rows).gather(3, columns)
+    rows, columns = pixels.view(-1, 2, 1, size).unbind(dim=1)  # (N, 1, S) each
+    rows = rows[:, :, :, None].expand(-1, 3, -1, size + 2 * pad)  # (N, 3, S, S + 2 pad): the whole width at first
+    columns = columns[:, :, None, :].expand(-1, 3, size, -1)  # (N, 3, S, S)
+    return F.pad(x, (pad,) * 4, mode="reflect").gather(2, rows).gather(3, columns)
 
 
 def blur(x, u, p=None):
@@ -161,15 +168,17 @@ def blur(x, u, p=None):
     sigma = size * (BLUR[0] + (BLUR[1] - BLUR[0]) * u[:, :1])  # (N, 1)
     radius = math.ceil(3 * BLUR[1] * size)
     distance = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = (-((distance / sigma) ** 2) / 2).softmax(dim=1)  # (N, 2r + 1): one image's, across and down
-    kernels = kernel.repeat_interleave(channels, 0)[:, None, None]  # (3N, 1, 1, 2r + 1): one a colour of an image
+    kernel = (-((distance / sigma) ** 2) / 2).softmax(dim=1)  # (N, 2r + 1): softmax is exp() made to sum to 1
+    kernels = kernel.repeat_interleave(channels, 0)[
+        :, None, None
+    ]  # (3N, 1, 1, 2r + 1): one for each colour of each image
     planes = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, 3N, S + 2r, S + 2r)
     across = F.conv2d(planes, kernels, groups=count * channels)  # each plane by its own kernel
-    return F.conv2d(across, kernels.mT, groups=count * channels).view_as(x)
+    return F.conv2d(across, kernels.mT, groups=count * channels).view_as(x)  # and down
 
 
 def contrast(x, u, p=None):
-    """Contrast: deviations from each image's mean grey times a factor, clipped. x: [N, 3, S, S], u: [N, 2]."""
+    """Contrast: each image's deviation from its mean is scaled by a factor, and clipped. x: [N, 3, S, S], u: [N, 2]."""
     mean = x.mean((1, 2, 3), keepdim=True)
     factor = CONTRAST[0] + (CONTRAST[1] - CONTRAST[0]) * u[:, :1, None, None]
     return (mean + factor * (x - mean)).clamp(-1, 1)
@@ -201,13 +210,14 @@ def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight):
 
     Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise. l1_weight: not used.
     """
-    # What goes through a network goes at once, for speed; so x_pr and x_rec share G's batch normalisation.
+    # Each network runs once, on all its inputs, for speed; so x_pr and x_rec share G's batch normalisation.
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
     z_hat = reparameterise(mean, log_variance, epsilon)
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
     d_x, d_x_pr = nets["D_x"](torch.cat([x, x_pr])).split([len(x), len(z)])
     d_z, d_z_hat = nets["D_z"](torch.cat([z, z_hat])).split([len(z), len(x)])
-    d_xx_aug, d_xx_rec = nets["D_xx"](torch.cat([x, x]), torch.cat([x_aug, x_rec])).split([len(x), len(x)])
+    pairs = torch.cat([x, x]), torch.cat([x_aug, x_rec])  # (x, x_aug), then (x, x_rec)
+    d_xx_aug, d_xx_rec = nets["D_xx"](*pairs).split([len(x), len(x)])
     L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
     L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
     L_d_xx = minus_log(d_xx_aug) + minus_log_not(d_xx_rec)
@@ -217,8 +227,8 @@ def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight):
 
 
 def pagan_l1_losses(nets, x, x_aug, z, epsilon, l1_weight):
-    """PAGAN-L1 of the ablation study: l1_weight |x - x_rec|_1 for -log D(x, x_rec), so x_aug is not used. Otherwise as
-    pagan_losses."""
+    """PAGAN-L1 of the ablation study: l1_weight times the mean of |x - x_rec| in place of -log D(x, x_rec), so x_aug is
+    not used. Otherwise as pagan_losses."""
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
     z_hat = reparameterise(mean, log_variance, epsilon)
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
@@ -252,7 +262,7 @@ def make_inputs(images, latent_dim, augmentation, p):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -276,8 +286,8 @@ def train_step(nets, optimizer, reconstruction, l1_weight, x, x_aug, z, epsilon)
 
 
 def record(step, inputs):
-    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
-    tensors at each call, with new values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
+    That returns the same tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -311,7 +321,7 @@ def save_figures(nets, data, z, out, step, p):
     save_grid(out / f"reconstructions_{step}.png", x, reconstruct(nets, x), columns=5)
     few = x[:10]
     u = torch.rand(len(few), 2, generator=torch.Generator().manual_seed(0)).to(z.device)
-    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]
+    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]  # on the first image of each kind
     augmented = blur(few, u), contrast(few, u), crop(few, u, p)
     save_grid(out / "figure_augmentations.png", few, *augmented, columns=2, captions=captions)
     nets.train(was_training)
@@ -324,7 +334,7 @@ def sample_diversity(samples, images):
 
 def reconstruction_inception_dissimilarity(log_p_x, log_p_rec):
     """RID: exp of the mean KL(p(y|x) || p(y|G(E(x)))), at least 1. log p(y|x), log p(y|G(E(x))): [N, classes]."""
-    kl = F.kl_div(log_p_rec, log_p_x, reduction="batchmean", log_target=True)  # torch has the second argument's first
+    kl = F.kl_div(log_p_rec, log_p_x, reduction="batchmean", log_target=True)  # KL(second || first)
     return kl.double().exp().item()
 
 
@@ -333,18 +343,19 @@ def inception_score(probabilities, splits=10):
     probabilities: p(y|x) of images x, [N, C], N >= splits."""
     scores = []
     for p in probabilities.tensor_split(splits):
-        scores.append((torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1).mean().exp())
+        kl = (torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1)  # xlogy(p, q): p log q
+        scores.append(kl.mean().exp())
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 
 def frechet_inception_distance(features_a, features_b):
     """FID: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of means m and covariances C (Heusel et al. 2017).
     features: [N, F], [M, F], N, M > 1. The root's trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), a symmetric matrix;
-    its eigenvalues are cut off at 0, so it exists where N < F, too."""
+    its eigenvalues are cut off at 0, below which rounding errors put some where N < F."""
     features_a, features_b = features_a.double(), features_b.double()
     cov_a, cov_b = features_a.T.cov(), features_b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     root_trace = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     difference = features_a.mean(0) - features_b.mean(0)
     return (difference.square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
@@ -358,8 +369,8 @@ def load_classifier(name, image_size, device):
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
-        except (OSError, RuntimeError) as error:  # no network, or not the whole file
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # of [-1, 1]
+        except (OSError, RuntimeError) as error:  # no connection, or a broken file
             file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
             raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
         net.eval().to(device)
@@ -374,12 +385,13 @@ def load_classifier(name, image_size, device):
     problem = f"--classifier {name} is no TorchScript taking [N, 3, {image_size}, {image_size}] to (logits, features)"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
             classifier = torch.jit.load(name, map_location=device).eval()
         logits, features = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{problem}: {error}") from error
-    if not logits.shape[:-1] == features.shape[:-1] == (2,) or features.shape[1] == 1:
+    fits = logits.ndim == features.ndim == 2 and len(logits) == len(features) == 2 and features.shape[1] > 1
+    if not fits:
         raise DataError(problem)
     return classifier
 
@@ -392,10 +404,10 @@ def judge(classifier, images):
 
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier, count):
-    """The figures of merit, of up to 1,000 held-out images and latents z [N, Z], and the table of drawbacks, by p.
+    """Figures of merit of up to 1,000 held-out images and of G(z), z [N, Z], and the table of drawbacks, cropped by p.
 
-    With a classifier IS, FID and RID, too, of up to count held-out, training and generated images. augmentation, p:
-    a(x) of the row AUG. Controls: real images for samples, a(x) and the mean image for G(E(x)).
+    With a classifier also IS, FID and RID, of count samples and up to count held-out images. Beside them controls:
+    training images in place of samples; a(x) (the row AUG) and the mean image in place of G(E(x)).
     """
     was_training = nets.training
     nets.eval()
@@ -446,11 +458,11 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
-    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: NOAUG; with l1 only for the row AUG")
-    add("--crop", type=float, default=0.1, help="padding, in sides of the image; rounded to pixels (slides: 0.05-0.2)")
+    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: NOAUG; l1 only measures it")
+    add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
     add("--l1-weight", type=float, default=10.0, help="of the L1 loss of PAGAN-L1")
     add("--classifier", default="none", help="none, inception or a TorchScript file, as tests/make_classifier.py makes")
-    add("--samples", type=int, default=10_000, help="samples, and at most held-out and training images, to judge")
+    add("--samples", type=int, default=10_000, help="how many samples to judge, and at most how many real images")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -473,7 +485,7 @@ def parse_args(argv):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
-        except Exception:  # torch.load raises many kinds on what is no checkpoint
+        except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
@@ -492,7 +504,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    """The torch.device of the run. With --graph also sets a new current stream: the default one cannot be recorded."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
@@ -516,7 +528,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
     return checkpoint["step"], checkpoint["log"]
 
 
@@ -528,7 +540,7 @@ def main(argv=None):
         data = load_data(args.data, args.image_size, args.batch_size)
         classifier = load_classifier(args.classifier, args.image_size, device)
         out.mkdir(parents=True, exist_ok=True)
-    except (DataError, OSError) as error:  # which name the file or folder
+    except (DataError, OSError) as error:  # their messages name the file or folder
         fail(str(error))
 
     torch.manual_seed(args.seed)
@@ -537,8 +549,8 @@ def main(argv=None):
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
-    losses = f"{args.reconstruction} (a(x), with l1 only for the row AUG: {args.augmentation})"
-    print(f"{losses} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
+    model = f"{args.reconstruction}, augmentation {args.augmentation}"
+    print(f"{model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
     step_function = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
@@ -553,7 +565,7 @@ def main(argv=None):
         if not (save_due or step % args.log_every == 0 or step == 1):
             continue
         bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
-        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+        if bad:  # the weights are checked, too: they can be lost while the losses are still finite
             fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
         values = {name: loss.item() for name, loss in losses.items()}
         log = log or ",".join(["step", *values]) + "\n"

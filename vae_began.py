@@ -78,7 +78,7 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
 }
 IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # side of the images: n, the width of their networks
 BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R = log2(S) - 2
-EAGER_STEPS = 3  # ordinary ones before a CUDA graph is recorded: libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "alpha", "beta", "gamma", "eta")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
@@ -251,7 +251,7 @@ def make_inputs(images, latent_dim):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters, but frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -274,8 +274,8 @@ def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
 
 
 def record(step, inputs):
-    """Record step(*inputs) as a CUDA graph. Returns a function that replays it with other inputs. That returns the same
-    tensors at each call, with new values, so read these before the next one."""
+    """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
+    That returns the same tensors at each call, with new values, so read these before the next one."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -351,7 +351,8 @@ def inception_score(probabilities, splits=SPLITS):
     probabilities: p(y|x) of images x, [N, classes], N >= splits. From 1 to the number of classes."""
     scores = []
     for p in probabilities.tensor_split(splits):
-        scores.append((torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1).mean().exp())
+        kl = (torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1)  # xlogy(p, q): p log q
+        scores.append(kl.mean().exp())
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 
@@ -365,8 +366,8 @@ def load_classifier(name, image_size, device):
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)
-        except (OSError, RuntimeError) as error:  # no network, or not the whole file
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # of [-1, 1]
+        except (OSError, RuntimeError) as error:  # no connection, or a broken file
             file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
             raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
         net.eval().to(device)
@@ -381,12 +382,13 @@ def load_classifier(name, image_size, device):
     problem = f"--classifier {name} is no TorchScript taking [N, 3, {image_size}, {image_size}] to (logits, features)"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch would have another format
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
             classifier = torch.jit.load(name, map_location=device).eval()
         logits, features = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{problem}: {error}") from error
-    if not logits.shape[:-1] == features.shape[:-1] == (2,) or features.shape[1] == 1:
+    fits = logits.ndim == features.ndim == 2 and len(logits) == len(features) == 2 and features.shape[1] > 1
+    if not fits:
         raise DataError(problem)
     return classifier
 
@@ -483,7 +485,7 @@ def parse_args(argv):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
-        except Exception:  # torch.load raises many kinds on what is no checkpoint
+        except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
@@ -506,7 +508,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run; with --graph in a stream of its own, where steps have to be before a recording."""
+    """The torch.device of the run. With --graph also sets a new current stream: the default one cannot be recorded."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
@@ -530,7 +532,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
     return checkpoint["step"], checkpoint["log"]
 
 
@@ -542,7 +544,7 @@ def main(argv=None):
         data = load_data(args.data, args.image_size, args.batch_size)
         classifier = load_classifier(args.classifier, args.image_size, device)
         out.mkdir(parents=True, exist_ok=True)
-    except (DataError, OSError) as error:  # which name the file or folder
+    except (DataError, OSError) as error:  # their messages name the file or folder
         fail(str(error))
 
     torch.manual_seed(args.seed)
@@ -566,7 +568,7 @@ def main(argv=None):
         if not (save_due or step % args.log_every == 0 or step == 1):
             continue
         bad = [name for name, value in {**losses, **nets.state_dict()}.items() if not value.isfinite().all()]
-        if bad:  # the weights are checked, too: they may be lost where the losses are not yet
+        if bad:  # the weights are checked, too: they can be lost while the losses are still finite
             fail(f"{bad[0]} is not finite at step {step}: {out}/checkpoint.pt, if there is one, is of an earlier step")
         values = {name: loss.item() for name, loss in losses.items()}
         log = log or ",".join(["step", *values]) + "\n"
