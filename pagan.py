@@ -72,11 +72,12 @@ IMAGE_SIZES = {
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
+L1_WEIGHT = 10.0  # of the L1 loss of PAGAN-L1
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, as a fraction of the image's side
 CONTRAST = (0.5, 1.5)  # least and greatest factor
 EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
-WEIGHTS = ("lr", "crop", "l1_weight")  # at least 0
+WEIGHTS = ("lr", "crop")  # at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
 QUICK = dict(image_size=16, channels=16, latent_dim=64, batch_size=16, crop=0.06, steps=2200, lr=3e-4, save_every=1000)
 
@@ -205,10 +206,10 @@ def minus_log_not(d):
     return F.softplus(d).mean()
 
 
-def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight):
+def pagan_losses(nets, x, x_aug, z, epsilon):
     """PAGAN, Algorithm 1: images x and x_aug ~ r(y|x) [N, 3, S, S] in [-1, 1], z [M, Z], epsilon [N, Z] ~ N(0, I).
 
-    Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise. l1_weight: not used.
+    Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise.
     """
     # Each network runs once, on all its inputs, for speed; so x_pr and x_rec share G's batch normalisation.
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
@@ -226,9 +227,9 @@ def pagan_losses(nets, x, x_aug, z, epsilon, l1_weight):
     return {"L_d_x": L_d_x, "L_d_z": L_d_z, "L_d_xx": L_d_xx, "L_g": L_g, "L_e": L_e}
 
 
-def pagan_l1_losses(nets, x, x_aug, z, epsilon, l1_weight):
-    """PAGAN-L1 of the ablation study: l1_weight times the mean of |x - x_rec| in place of -log D(x, x_rec), so x_aug is
-    not used. Otherwise as pagan_losses."""
+def pagan_l1_losses(nets, x, x_aug, z, epsilon):
+    """PAGAN-L1 of the ablation study: 10 |x - x_rec| in place of -log D(x, x_rec), so x_aug is not used. Otherwise as
+    pagan_losses."""
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
     z_hat = reparameterise(mean, log_variance, epsilon)
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
@@ -237,8 +238,8 @@ def pagan_l1_losses(nets, x, x_aug, z, epsilon, l1_weight):
     L_d_x = minus_log(d_x) + minus_log_not(d_x_pr)
     L_d_z = minus_log(d_z) + minus_log_not(d_z_hat)
     L1 = F.l1_loss(x_rec, x)
-    L_g = minus_log(d_x_pr) + l1_weight * L1
-    L_e = minus_log(d_z_hat) + l1_weight * L1
+    L_g = minus_log(d_x_pr) + L1_WEIGHT * L1
+    L_e = minus_log(d_z_hat) + L1_WEIGHT * L1
     return {"L_d_x": L_d_x, "L_d_z": L_d_z, "L_g": L_g, "L_e": L_e, "L1": L1}
 
 
@@ -270,9 +271,9 @@ def trainable(optimizer, *networks):
     return parameters
 
 
-def train_step(nets, optimizer, reconstruction, l1_weight, x, x_aug, z, epsilon):
+def train_step(nets, optimizer, reconstruction, x, x_aug, z, epsilon):
     """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
-    losses = LOSSES[reconstruction](nets, x, x_aug, z, epsilon, l1_weight)
+    losses = LOSSES[reconstruction](nets, x, x_aug, z, epsilon)
     optimizer.zero_grad()
     # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     losses["L_d_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # psi
@@ -460,7 +461,6 @@ def parse_args(argv):
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
     add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: NOAUG; l1 only measures it")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
-    add("--l1-weight", type=float, default=10.0, help="of the L1 loss of PAGAN-L1")
     add("--classifier", default="none", help="none, inception or a TorchScript file, as tests/make_classifier.py makes")
     add("--samples", type=int, default=10_000, help="how many samples to judge, and at most how many real images")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
@@ -553,7 +553,7 @@ def main(argv=None):
     print(f"{model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
-    step_function = partial(train_step, nets, optimizer, args.reconstruction, args.l1_weight)
+    step_function = partial(train_step, nets, optimizer, args.reconstruction)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
         drawn = draw_images(images, args.batch_size, device)

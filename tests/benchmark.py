@@ -134,7 +134,7 @@ def vae_began(m, args, nets, device):
 
 def pagan(m, args, nets, device):
     optimizer = m.build_optimizer(nets, args.lr)
-    step = partial(m.train_step, nets, optimizer, args.reconstruction, args.l1_weight)
+    step = partial(m.train_step, nets, optimizer, args.reconstruction)
     G, E, D_x, D_z, D_xx = (nets[name] for name in ("G", "E", "D_x", "D_z", "D_xx"))
     loop = Plain(optimizer, L_d_x=[D_x], L_d_z=[D_z], L_d_xx=[D_xx], L_g=[G], L_e=[E])
 

@@ -187,7 +187,7 @@ def test_the_objective_of_logits():
         assert (sign * torch.autograd.grad(function(d), d)[0] > 0).all()
 
 
-def losses_by_hand(nets, x, x_aug, z, epsilon, l1_weight):
+def losses_by_hand(nets, x, x_aug, z, epsilon):
     """Algorithm 1 line by line: every discriminator judges its inputs apart. Only G's are together, if it trains."""
 
     def D(name, *inputs):
@@ -205,7 +205,7 @@ def losses_by_hand(nets, x, x_aug, z, epsilon, l1_weight):
         rec = -D("D_xx", x, x_rec).log().mean()
     else:
         losses["L1"] = (x - x_rec).abs().sum() / x.numel()
-        rec = l1_weight * losses["L1"]
+        rec = 10 * losses["L1"]
     losses["L_g"] = rec - D("D_x", x_pr).log().mean()
     losses["L_e"] = rec - D("D_z", z_hat).log().mean()
     return losses
@@ -214,17 +214,17 @@ def losses_by_hand(nets, x, x_aug, z, epsilon, l1_weight):
 @pytest.mark.parametrize("reconstruction", ["pair", "l1"])
 def test_losses_line_by_line(reconstruction):
     def of_batch(*batch):
-        return tuple(pagan.LOSSES[reconstruction](nets, *batch, 7.0).values())
+        return tuple(pagan.LOSSES[reconstruction](nets, *batch).values())
 
     nets, *batch = tiny(reconstruction, images=6, latents=3)
     nets.eval()  # so that one image is judged without regard to the others
-    losses = pagan.LOSSES[reconstruction](nets, *batch, 7.0)
-    expected = {name: loss.item() for name, loss in losses_by_hand(nets, *batch, 7.0).items()}
+    losses = pagan.LOSSES[reconstruction](nets, *batch)
+    expected = {name: loss.item() for name, loss in losses_by_hand(nets, *batch).items()}
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
     torch.autograd.gradcheck(of_batch, [t.requires_grad_() for t in batch], fast_mode=True)
     if reconstruction == "l1":
         nets["G"].forward = lambda z: torch.cat([batch[0][:3], batch[0]])  # perfect
-        assert pagan.pagan_l1_losses(nets, *batch, 7.0)["L1"] == 0
+        assert pagan.pagan_l1_losses(nets, *batch)["L1"] == 0
 
 
 REACHED = {
@@ -237,7 +237,7 @@ REACHED = {
 def test_which_networks_a_loss_reaches(reconstruction):
     nets, *batch = tiny(reconstruction)
     nets["G"].eval()  # else E reaches the samples through the statistics of the batch that they share
-    losses = pagan.LOSSES[reconstruction](nets, *batch, 10.0)
+    losses = pagan.LOSSES[reconstruction](nets, *batch)
     assert losses.keys() == REACHED[reconstruction].keys()
     for name, reached in REACHED[reconstruction].items():
         for net in nets:
@@ -252,7 +252,7 @@ def test_nothing_is_made_twice_so_one_z_hat_serves_all_losses(reconstruction, pa
     counts = dict.fromkeys(nets, 0)
     for name, net in nets.items():
         net.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
-    pagan.LOSSES[reconstruction](nets, *batch, 7.0)
+    pagan.LOSSES[reconstruction](nets, *batch)
     assert " ".join(f"{name}{count}" for name, count in counts.items()) == passes
 
 
@@ -271,8 +271,8 @@ def test_train_step_against_autograd_by_hand(reconstruction):
     for i in range(3):
         torch.manual_seed(10 + i)
         batch, parameters, gradients = random_batch(4, 3), [], []
-        losses = pagan.train_step(nets, optimizer, reconstruction, 7.0, *batch)
-        expected = losses_by_hand(other, *batch, 7.0)
+        losses = pagan.train_step(nets, optimizer, reconstruction, *batch)
+        expected = losses_by_hand(other, *batch)
         for name, value in expected.items():
             assert losses[name].item() == pytest.approx(value.item()) and not losses[name].requires_grad
         for name, net in other.items():
@@ -487,9 +487,7 @@ def test_a_run_as_a_user_starts_it(photos, tmp_path):
     pictures |= {f"reconstructions_{step}": (3, 1, 2) for step in (2, 4, 5)} | {"figure_augmentations": (2, 2, 4)}
     arguments = ["--data", photos, *TINY, "--steps", 5]
     out, results, header, _ = run_as_a_user("pagan", *arguments, cwd=tmp_path, pictures=pictures)
-    assert results["config"]["channels"] == 2 and out.startswith(
-        "pair (a(x), with l1 only for the row AUG: crop) on 27 images of "
-    )
+    assert results["config"]["channels"] == 2 and out.startswith("pair, augmentation crop on 27 images of ")
     assert set(results) == {*NUMBERS, "steps", "config"}
     assert all(0 < results[name] < 255 and f"{name:26}{results[name]:10.3f}" in out for name in NUMBERS)
     assert header == "L_d_x L_d_z L_d_xx L_g L_e".split()
@@ -508,7 +506,7 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
     def spy(nets, optimizer, *args):
         (group,) = optimizer.param_groups
         assert group["capturable"] and [*map(id, group["params"])] == [*map(id, nets.parameters())]
-        steps.append((group["lr"], *args[:2], *(tensor.shape for tensor in args[2:])))
+        steps.append((group["lr"], args[0], *(tensor.shape for tensor in args[1:])))
         return train_step(nets, optimizer, *args)
 
     steps, drawn, figures, results = [], [], [], []
@@ -518,11 +516,11 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
     monkeypatch.setattr(pagan, "save_figures", lambda nets, *args: figures.append(args))
     monkeypatch.setattr(pagan, "measure", lambda nets, *args: results.append(args) or {})
     monkeypatch.setattr(pagan, "load_classifier", lambda *args: "classifier")
-    settings = "--reconstruction l1 --augmentation blur --crop 0.3 --l1-weight 3 --lr 1e-3 --samples 33 --seed 9"
+    settings = "--reconstruction l1 --augmentation blur --crop 0.3 --lr 1e-3 --samples 33 --seed 9"
     for i, more in enumerate((settings.split(), [])):
         cli(pagan, "--data", photos, *TINY, "--steps", 1, "--latent-dim", 7, "--out", tmp_path / str(i), *more)
     shapes = (4, 3, 16, 16), (4, 3, 16, 16), (4, 7), (4, 7)
-    assert steps == [(1e-3, "l1", 3, *shapes), (2e-4, "pair", 10, *shapes)]
+    assert steps == [(1e-3, "l1", *shapes), (2e-4, "pair", *shapes)]
     assert drawn == [(7, "blur", 0.3), (7, "crop", 0.1)]
     assert [args[2:] for args in results] == [("blur", 0.3, "classifier", 33), ("crop", 0.1, "classifier", 10_000)]
     assert [args[2:] for args in figures] == [(tmp_path / "0", 1, 0.3), (tmp_path / "1", 1, 0.1)]
@@ -534,6 +532,6 @@ def test_the_settings_reach_the_training_step(photos, tmp_path, cli, monkeypatch
 def test_the_defaults_and_quick_are_those_of_the_rulings():
     args, quick = (vars(pagan.parse_args(["--out", "nowhere", *more])[0]) for more in ([], ["--quick"]))
     expected = {"steps": 100_000, "batch_size": 64, "image_size": 32, "latent_dim": 128, "channels": 64, "lr": 2e-4}
-    expected |= {"reconstruction": "pair", "augmentation": "crop", "crop": 0.1, "l1_weight": 10, "samples": 10_000}
+    expected |= {"reconstruction": "pair", "augmentation": "crop", "crop": 0.1, "samples": 10_000}
     assert args.items() >= {**expected, "classifier": "none", "data": "faces"}.items()
     assert round(quick["crop"] * quick["image_size"]) == 1 and quick["lr"] == pytest.approx(1.5 * args["lr"])

@@ -86,7 +86,7 @@ SCRIPTS = {
             (["--crop", "-0.1"], ["--crop", "-0.1", "at least 0"]),
             (["--crop", 0.6], ["--crop", "0.6", "half of the side"]),
             (["--crop", 0.03], ["--crop", "0.03", "a pixel"]),
-            (["--l1-weight", "nan"], ["--l1-weight", "nan"]),
+            (["--crop", "nan"], ["--crop", "nan"]),
             *CLASSIFIER,
         ],
         "fixed": [
