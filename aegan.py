@@ -243,7 +243,7 @@ LOSSES = {"aegan": aegan_losses, "gan": gan_losses, "aae": aae_losses}
 
 
 def build_optimizer(nets, lr, lr_discriminator):
-    """One Adam for all networks, since they all take their step at the same time."""
+    """One Adam for all networks, since they all take their step at the same time. capturable: for --graph."""
     rates = {"G": lr, "E": lr, "D_x": lr_discriminator, "D_z": lr_discriminator}
     groups = [{"params": net.parameters(), "lr": rates[name]} for name, net in nets.items()]
     return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=True)
@@ -346,7 +346,7 @@ def measure(nets, data, z):
     results = {"sample_diversity": sample_diversity(x_hat, x[: len(z)])}
     if "E" in nets:
         x_tilde = torch.cat([nets["G"](nets["E"](part)) for part in x.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
         results["heldout_l1"] = F.l1_loss(x_tilde, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["sharpness"] = (edges(x_tilde) / edges(x)).item()

@@ -296,7 +296,7 @@ def adam_step(theta, gradient, m, v, t, group):
 
 
 def build_optimizer(nets, lr):
-    """One Adam for all networks, since they all take their step at the same time."""
+    """One Adam for all networks, since they all take their step at the same time. capturable: for --graph."""
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
@@ -397,7 +397,7 @@ def measure(nets, data, z):
     d_real = torch.cat([D(*pair) for pair in zip(x.split(250), z_hat.split(250))])
     d_tilde = torch.cat([D(*pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
     x_hat = G(z)
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
     results = {
         "heldout_l1": F.l1_loss(x_tilde, x).item(),
         "heldout_l1_of_mean_image": F.l1_loss(mean_image.expand_as(x), x).item(),

@@ -216,7 +216,7 @@ LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bi
 
 
 def build_optimizer(nets, lr):
-    """One Adam for all networks; those that have no gradient in a step stay as they are."""
+    """One Adam for all networks; those without a gradient in a step stay as they are. capturable: for --graph."""
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
@@ -403,9 +403,8 @@ def save_figures(nets, invert, data, z, out, step):
         blurred = blur(samples[:24])
         restored = generate(nets["G"], invert(blurred))
         triples = to_signed(samples[:24]), to_signed(blurred), to_signed(restored)
-        save_grid(
-            out / "figure5_deblurred.png", *triples, columns=3, captions=[["original"], ["blurred"], ["restored"]]
-        )
+        captions = [["original"], ["blurred"], ["restored"]]  # on the first image of each
+        save_grid(out / "figure5_deblurred.png", *triples, columns=3, captions=captions)
     for module, training in modes:
         module.training = training
 
@@ -419,7 +418,7 @@ def save_found(out, descriptors, data, described):
     four = to_unit(gallery[:4].to(codes.device))
     changed = torch.cat(list(change_images(four).values()))
     others = to_unit(data.heldout[:64].to(codes.device))
-    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]
+    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]  # on the first image of each
     for file, queries in {"figure3_changed.png": changed, "figure4_found.png": others}.items():
         found = distances(describe(queries, descriptors), described)
         index = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]
@@ -437,7 +436,7 @@ def measure_inversion(nets, invert, data, z, count):
     """Table 1 and Figure 5, of images generated from z [N, Z]; reconstructions of up to count held-out images."""
     x = to_unit(data.heldout[:count].to(z.device))
     x_prime = torch.cat([generate(nets["G"], invert(part)) for part in x.split(250)])
-    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)
+    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
     samples = generate(nets["G"], z)
     again = generate(nets["G"], invert(samples))
     restored = generate(nets["G"], invert(blur(samples)))

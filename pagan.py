@@ -250,7 +250,7 @@ LOSSES = {"pair": pagan_losses, "l1": pagan_l1_losses}
 
 
 def build_optimizer(nets, lr):
-    """One Adam for all networks, since they all take their step at the same time."""
+    """One Adam for all networks, since they all take their step at the same time. capturable: for --graph."""
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
@@ -414,7 +414,7 @@ def measure(nets, data, z, augmentation, p, classifier, count):
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
     x_rec = torch.cat([reconstruct(nets, part) for part in x.split(100)])
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
     u = torch.rand(len(data.heldout), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
     results = {"sample_diversity": sample_diversity(nets["G"](z), x[: len(z)])}
     results["heldout_l1"] = F.l1_loss(x_rec, x).item()

@@ -195,7 +195,7 @@ def vae_began_losses(nets, weights, x, z_g, epsilon):
     k = nets["controller"].k.clone()  # k_{t-1}: the controller writes k_t into the same tensor
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
     z_v = reparameterise(mean, log_variance, epsilon)  # line 3
-    # What goes through a network goes at once, which is faster; no layer mixes images.
+    # G and D run once, on all their inputs, which is faster; no layer mixes images.
     x_v, x_g = nets["G"](torch.cat([z_v, z_g])).split([len(x), len(z_g)])  # line 5
     lengths = [len(x), len(z_g), len(x)]
     x_prime, z_prime = nets["D"](torch.cat([x, x_g, x_v]))  # lines 6, 9
@@ -240,7 +240,7 @@ LOSSES = {"vae-began": vae_began_losses, "began-lsm": began_losses, "began": beg
 
 
 def build_optimizer(nets, lr):
-    """One Adam for all networks, since they all take their step at the same time."""
+    """One Adam for all networks, since they all take their step at the same time. capturable: for --graph."""
     return torch.optim.Adam(nets.parameters(), lr, fused=True, capturable=True)
 
 
@@ -330,7 +330,7 @@ def save_figures(nets, data, z, out, step):
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     x_d = x[:10]
     x_g = nets["G"](z[: len(x_d)])
-    captions = [["fake"], ["D(fake)"], ["real"], ["D(real)"]]
+    captions = [["fake"], ["D(fake)"], ["real"], ["D(real)"]]  # on the first image of each
     fours = [x_g, nets["D"](x_g)[0], x_d, nets["D"](x_d)[0]]
     save_grid(out / "figure4_discriminator.png", *fours, columns=2, captions=captions)
     if "E" in nets:
@@ -414,7 +414,7 @@ def measure(nets, data, z, alpha, eta, classifier, count):
         x_v = torch.cat([G(part) for part in reparameterise(mean, log_variance, epsilon).split(250)])
         L_fake = L_g + alpha * l1_of_d(D, x_v)  # Eq. 6
         x_of_mean = torch.cat([G(part) for part in mean.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
         results["heldout_l1"] = F.l1_loss(x_of_mean, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["kl_nats"] = z.shape[1] * kl_loss(mean, log_variance).item()

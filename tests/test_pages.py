@@ -57,11 +57,8 @@ def run_printed(code, folder, *arguments):
     """Run a Python program printed on a page in a folder, beside the scripts; what it printed."""
     (folder / "printed.py").write_text(code)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    command, options = (
-        [sys.executable, "printed.py", *arguments],
-        {"capture_output": True, "text": True, "timeout": 120},
-    )
-    result = subprocess.run(command, cwd=folder, env=environment, **options)
+    command = [sys.executable, "printed.py", *arguments]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
