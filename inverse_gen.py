@@ -33,9 +33,9 @@ Rulings, where the paper is silent or contradicts itself
     - Table 3 is of 64x64 images. 16x16 and 32x32 leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
     - The steps are not said: 50,000 for each of the two stages. The BiGAN and search have one stage.
-    - Eq. 3 has labels, Section 4.1 has none: none. Eq. 3 and 5 are means over dimensions or pixels.
+    - Eq. 3 has labels, Section 4.1 has none: we use none. Eq. 3 and 5 are means over dimensions or pixels.
     - Eq. 8 prints a plain gradient step, the Appendix has Adam: Adam.
-    - Eq. 2 has no start, rate or end. We start from z = 0, keep z in [-1, 1]: --search-rate, --search-steps.
+    - Eq. 2 has no start, rate or end. We start from z = 0 and keep z in [-1, 1]; --search-rate, --search-steps.
     - Not said either: dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, blur 1/16 of the side.
     - Tables 1 and 2 and Figure 3's search are scored on up to 256 images, with gradient search on 64.
 Departures
@@ -65,7 +65,7 @@ METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
 COLUMNS = ("L_D", "L_G", "L_IG")  # of log.csv
 IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
-BETAS = (0.5, 0.999)  # the first: Appendix
+BETAS = (0.5, 0.999)  # 0.5 is the Appendix's
 INITIAL_STD = 0.02  # of weights, DCGAN's
 EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # at least 1
@@ -136,7 +136,7 @@ class PairDiscriminator(nn.Module):
 
 
 def build_networks(method, image_size, channels, latent_dim):
-    """The networks by the paper's names, in training mode, IG but for "search"."""
+    """G, D and, unless the method is search, IG, in training mode."""
     if method not in METHODS or image_size not in IMAGE_SIZES:
         raise ValueError(f"method {method}, size {image_size}: there are {METHODS} and {list(IMAGE_SIZES)}")
     sizes = image_size, channels, latent_dim
@@ -173,7 +173,7 @@ def generator_loss(d_fake):
 
 def cross_entropy(logits, x):
     """Eq. 5, Eq. 7, V(x): -x log x' - (1 - x) log(1 - x'), the mean over pixels, which is least where x' = x. x: images
-    [N, 3, S, S] in [0, 1]. logits: what the network G gives for IG(x), x' before its sigmoid."""
+    [N, 3, S, S] in [0, 1]. logits [N, 3, S, S]: what the network G gives for a code, x' before its sigmoid."""
     return F.binary_cross_entropy_with_logits(logits, x)
 
 
@@ -204,9 +204,9 @@ def bigan_losses(nets, x, z):
     """The BiGAN, Eq. 1, in training mode: x [N, 3, S, S] in [0, 1], latents z [M, Z] -> L_D for D, L_G for G and IG."""
     images = torch.cat([x, generate(nets["G"], z)])
     latents = torch.cat([nets["IG"](x), z])
-    d_of_x, d_of_z = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)), (G(z), z): one batch norm
-    swapped = discriminator_loss(d_real=d_of_z, d_fake=d_of_x)
-    return {"L_D": discriminator_loss(d_of_x, d_of_z), "L_G": swapped}
+    d_real, d_fake = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)) and (G(z), z)
+    swapped = discriminator_loss(d_real=d_fake, d_fake=d_real)  # G and IG want the opposite labels
+    return {"L_D": discriminator_loss(d_real, d_fake), "L_G": swapped}
 
 
 LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bigan": bigan_losses}
@@ -240,13 +240,13 @@ def trainable(optimizer, *networks):
 
 
 def train_step(nets, optimizer, stage, x, z):
-    """One update of the networks of the stage, gan, aegan, direct or bigan, with gradients taken before any moves, in
-    the modes that it sets. Returns the losses: see LOSSES."""
+    """One update of what the stage, gan, aegan, direct or bigan, trains, with gradients taken before any network moves.
+    Sets the networks' modes. Returns the losses: see LOSSES."""
     with_gan = stage in ("gan", "bigan")
     nets.train()
-    nets["G"].train(with_gan)  # else G is frozen: in evaluation mode, and without gradients
+    nets["G"].train(with_gan)  # else G is frozen: in evaluation mode, and not among the inputs below
     losses = LOSSES[stage](nets, x, z)
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # to None, and Adam leaves what has no gradient
     # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     if with_gan:
         losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)
@@ -259,9 +259,10 @@ def train_step(nets, optimizer, stage, x, z):
 
 
 def stage_of(step, method, gan_steps):
-    """The stage of a step, see train_step: first the DCGAN's, then IG's (Section 3.2), but for bigan and search."""
-    with_gan = method == "search" or (method != "bigan" and step <= gan_steps)
-    return "gan" if with_gan else method
+    """The stage of a step, see train_step: gan up to gan_steps, then IG's (Section 3.2). bigan and search have one."""
+    if method == "bigan":
+        return "bigan"
+    return "gan" if method == "search" or step <= gan_steps else method
 
 
 def record(step, inputs):
@@ -283,14 +284,15 @@ def record(step, inputs):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-@torch.enable_grad()
+@torch.enable_grad()  # its callers need no gradients
 def search_codes(G, steps, rate, x):
     """Eq. 2: z - alpha grad_z of the cross-entropy of x and G(z), steps times from z = 0: [N, 3, S, S] -> [N, Z]. G: in
     evaluation mode. rate: alpha, for the mean over the pixels of an image."""
     z = torch.zeros(len(x), G[0].in_features, dtype=x.dtype, device=x.device)
     for _ in range(steps):
         z.requires_grad_()
-        (gradient,) = torch.autograd.grad(len(x) * cross_entropy(G(z), x), z)
+        loss = len(x) * cross_entropy(G(z), x)  # the sum over the images of the mean over an image's pixels
+        (gradient,) = torch.autograd.grad(loss, z)
         z = (z.detach() - rate * gradient).clamp(-1, 1)
     return z
 
@@ -302,7 +304,7 @@ def grey_pixels(x, height, width):
 
 def dhash(x):
     """Is a pixel brighter than its left neighbour, in 9x8 grey pixels: [N, 3, S, S] -> [N, 64] of 0 and 1."""
-    grey = grey_pixels(x, 8, 9)
+    grey = grey_pixels(x, height=8, width=9)
     return (grey[:, :, 1:] > grey[:, :, :-1]).flatten(1).float()
 
 
@@ -310,7 +312,7 @@ def phash(x):
     """Are the lowest 8x8 frequencies of 32x32 grey pixels above their median: [N, 3, S, S] -> [N, 64] of 0 and 1."""
     i = torch.arange(32, dtype=torch.float64, device=x.device)
     cosines = torch.cos(math.pi / 32 * (i + 0.5) * i[:8, None])  # (8, 32): the discrete cosine transform's first rows
-    frequencies = (cosines @ grey_pixels(x, 32, 32).double() @ cosines.T).flatten(1)
+    frequencies = (cosines @ grey_pixels(x, height=32, width=32).double() @ cosines.T).flatten(1)
     return (frequencies > frequencies.median(1, keepdim=True).values).float()
 
 
@@ -328,13 +330,13 @@ def describe(x, descriptors):
     for part in x.split(250):
         rows.append({name: function(part) for name, function in descriptors.items()})
         if len(rows) % 4 == 0:
-            print(f"described {250 * len(rows)} of {len(x)} images", file=sys.stderr, flush=True)
+            print(f"described {min(250 * len(rows), len(x))} of {len(x)} images", file=sys.stderr, flush=True)
     return {name: torch.cat([row[name] for row in rows]) for name in descriptors}
 
 
 def distances(queries, gallery):
-    """Distances of two results of describe: {name: [Q, M]}. Of hashes the number of bits that differ, of histograms 2
-    minus twice their intersection, else the Euclidean distance."""
+    """Distances of two results of describe: {name: [Q, M]}. L1 of hashes (the number of bits that differ) and of
+    histograms (2 minus twice their intersection), else the Euclidean distance."""
     found = {}
     for name in queries:
         power = 1.0 if name in ("dhash", "phash", "colour_histogram") else 2.0
@@ -356,14 +358,14 @@ def label_agreement(distance, query_labels, gallery_labels):
 
 
 def blur(x):
-    """Gaussian blur, in Figure 5 and ours in Figure 3, of 1/16 of the side: [N, 3, S, S] -> [N, 3, S, S]."""
+    """Gaussian blur, for Figure 5 and our addition to 3, of sigma 1/16 of the side: [N, 3, S, S] -> [N, 3, S, S]."""
     sigma = x.shape[-1] / 16
     return transforms.gaussian_blur(x, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)
 
 
 def wear_sunglasses(x):
     """Black glasses at the eyes of a centred face (CelebA's or common.py's): [N, 3, S, S] -> [N, 3, S, S]."""
-    place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]  # of the pixels, in sides of the image
+    place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]  # of the pixels, as a fraction of the side
     down = place[:, None] - 0.52  # from the eyes
     across = (place - 0.5).abs()  # from the nose
     glass = ((across - 0.11) / 0.095) ** 2 + (down / 0.075) ** 2 < 1  # an ellipse on each side
@@ -383,14 +385,14 @@ def change_images(x):
 
 
 def to_signed(x):
-    """Images in [0, 1] -> in [-1, 1], where save_grid takes them, and the other scripts measure differences."""
+    """Images in [0, 1] -> in [-1, 1], as save_grid takes them, and as the other scripts measure differences."""
     return 2 * x - 1
 
 
 @torch.no_grad()
 def save_figures(nets, invert, data, z, out, step):
-    """samples_<step>.png of 100 of the latents z [N, Z]. With invert reconstructions_<step>.png, (x, G(IG(x))), of 40
-    held-out images, and Figures 2 and 5, of samples."""
+    """Saves samples_<step>.png of 100 of the latents z [N, Z]. With invert also reconstructions_<step>.png, pairs of x
+    and G(IG(x)) of 40 held-out images, and Figures 2 and 5, of samples."""
     modes = [(module, module.training) for module in nets.modules()]
     nets.eval()
     samples = generate(nets["G"], z[:100])
@@ -411,8 +413,8 @@ def save_figures(nets, invert, data, z, out, step):
 
 @torch.no_grad()
 def save_found(out, descriptors, data, described):
-    """Figure 3, of the gallery's first four images, a row each of colour, sunglasses, blur, crop, and Figure 4, of up
-    to 64 held-out images, with what is found by codes, dHash, pHash and colours. Arguments as in measure_search."""
+    """Saves Figure 3, of the gallery's first four images, a row for each change, and Figure 4, of up to 64 held-out
+    images, each beside what codes, dHash, pHash and colours find. Arguments as in measure_search."""
     codes = described["codes"]
     gallery = data.train[: len(codes)]
     four = to_unit(gallery[:4].to(codes.device))
@@ -421,8 +423,8 @@ def save_found(out, descriptors, data, described):
     captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]  # on the first image of each
     for file, queries in {"figure3_changed.png": changed, "figure4_found.png": others}.items():
         found = distances(describe(queries, descriptors), described)
-        index = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]
-        shown = [queries.cpu(), *(to_unit(gallery[i]) for i in index)]
+        best = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]  # [Q] each
+        shown = [queries.cpu(), *(to_unit(gallery[rows]) for rows in best)]
         save_grid(out / file, *map(to_signed, shown), columns=len(four), captions=captions)
 
 
@@ -442,7 +444,7 @@ def measure_inversion(nets, invert, data, z, count):
     restored = generate(nets["G"], invert(blur(samples)))
     return {
         "dhash_similarity": (dhash(samples) == dhash(again)).float().mean().item(),  # the share of equal bits
-        "dhash_similarity_of_unlike": (dhash(x) == dhash(x.roll(1, dims=0))).float().mean().item(),  # chance
+        "dhash_similarity_of_unlike": (dhash(x) == dhash(x.roll(1, dims=0))).float().mean().item(),  # of other images
         "deblur_l1_before": F.l1_loss(to_signed(blur(samples)), to_signed(samples)).item(),
         "deblur_l1_after": F.l1_loss(to_signed(restored), to_signed(samples)).item(),
         "sample_diversity": sample_diversity(samples, x[: len(z)]),
@@ -459,7 +461,7 @@ def measure_search(descriptors, data, described, count):
     results = {}
     if data.attributes:
         found = distances(describe(to_unit(data.heldout[:count].to(codes.device)), descriptors), described)
-        found["any_image"] = torch.zeros_like(found["codes"])  # all are as near
+        found["any_image"] = torch.zeros_like(found["codes"])  # chance: all are as near
         labels = data.heldout_labels[:count].to(codes.device), data.train_labels[: len(codes)].to(codes.device)
         for name, distance in found.items():
             results[f"label_agreement_{name}"] = label_agreement(distance, *labels)
@@ -467,22 +469,23 @@ def measure_search(descriptors, data, described, count):
     for change, changed in change_images(originals).items():
         found = distances(describe(changed, descriptors), described)
         for name, distance in found.items():
-            results[f"search_top1_{change}_{name}"] = nearest(distance).diagonal().mean().item()
+            found_itself = nearest(distance).diagonal()  # query i is gallery image i, changed
+            results[f"search_top1_{change}_{name}"] = found_itself.mean().item()
     return results
 
 
 def measure(nets, invert, untrained, data, z, out, gallery):
-    """All figures of merit, of latents z [N, Z] and up to 1,000 held-out images, and Figures 3 and 4. untrained: an IG,
+    """All figures of merit, of images of z [256, Z] and held-out images; saves Figures 3 and 4, too. untrained: an IG
     to compare with. gallery: how many of the images to train on are searched."""
-    count = 1000 if "IG" in nets else 64  # gradient search is slow
+    images, queries = (1000, 256) if "IG" in nets else (64, 64)  # how many are measured: gradient search is slow
     modes = [(module, module.training) for module in nets.modules()]
     nets.eval()
     descriptors = {"codes": invert, "dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}
     descriptors |= {"pixels": nn.Flatten(), "untrained": untrained.eval()}  # controls
     described = describe(to_unit(data.train[:gallery].to(z.device)), descriptors)
     save_found(out, descriptors, data, described)
-    results = measure_inversion(nets, invert, data, z[:count], count)
-    results |= measure_search(descriptors, data, described, min(count, len(z)))
+    results = measure_inversion(nets, invert, data, z[:queries], images)
+    results |= measure_search(descriptors, data, described, queries)
     for module, training in modes:
         module.training = training
     return results
@@ -494,8 +497,9 @@ def save_query(path, nets, invert, x, data, gallery, device):
     uint8 [3, S, S], and save them as a picture. The networks are left in evaluation mode."""
     nets.eval()
     images = data.train[:gallery]
-    query, found = (describe(to_unit(part.to(device)), {"codes": invert}) for part in (x[None], images))
-    distance = distances(query, found)["codes"][0].cpu()
+    query = describe(to_unit(x[None].to(device)), {"codes": invert})
+    described = describe(to_unit(images.to(device)), {"codes": invert})
+    distance = distances(query, described)["codes"][0].cpu()
     shortest, index = distance.topk(min(9, len(distance)), largest=False)
     for d, i in zip(shortest.tolist(), index.tolist()):
         print(f"{d:8.3f}  {data.paths[i] if data.paths else f'training image {i}'}")
@@ -520,7 +524,7 @@ def parse_args(argv):
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--method", choices=METHODS, default="aegan", help="how G is inverted: the paper's way, or one of Section 2's")
     add("--query", metavar="IMAGE", help="no training: which of the first --gallery training images are like this")
-    add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN, then IG (bigan: none; search: all steps)")
+    add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN before IG's (not for bigan and search)")
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
     add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
@@ -625,7 +629,7 @@ def main(argv=None):
     images = place_images(data.train, device)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
-        if step in (begin + 1, args.gan_steps + 1):
+        if step in (begin + 1, args.gan_steps + 1):  # the first step of this run, or of IG's stage
             stage = stage_of(step, args.method, args.gan_steps)
             step_function = partial(train_step, nets, optimizer, stage)
             first_step = step
@@ -656,7 +660,7 @@ def main(argv=None):
             torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    if begin == args.steps or args.method == "search":  # a finished run's are made again; search had no codes
+    if begin == args.steps or args.method == "search":  # nothing was trained, or nothing inverted, so far
         save_figures(nets, invert, data, z_shown, out, args.steps)
     untrained = build_networks("aegan", args.image_size, args.channels, args.latent_dim)["IG"].to(device)
     results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)
