@@ -65,7 +65,7 @@ BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam; Keras's epsilon
 EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
-MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
+MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
 QUICK = dict(image_size=16, channels=16, steps=1100, save_every=300, lr=5e-4, alpha=0.05, lambda_rz=0.5)
 
 
@@ -303,11 +303,11 @@ def record(step, inputs):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def save_interpolations(path, nets, x_1, x_2, columns=8):
+def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 1: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
-    between = [nets["G"](torch.lerp(z_1, z_2, i / (columns - 1))) for i in range(columns)]
-    save_grid(path, x_1, *between, x_2, columns=1)
+    between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
+    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
 
 
 @torch.no_grad()
@@ -392,7 +392,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
@@ -405,7 +405,7 @@ def parse_args(argv):
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again: what is given wins over these defaults
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -440,7 +440,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # maybe fewer GPUs now
     return checkpoint["step"], checkpoint["log"]
 
 

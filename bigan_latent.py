@@ -34,22 +34,21 @@ paper -> code
 
 Rulings, where the paper is silent or contradicts itself
     - Section 3 prints p(x|z) for G and q(z|x) for E, then q(x|z) and p(z|x). We use the former, since p draws z first.
-    - The text of Figures 1-3 names kinds of layers alone. Widths and kernels are those of soumith/dcgan.torch, since
-      Section 5 bases G on DCGAN. D's dense layers are ours: of z 8c = 512 units, of both 2c = 128, with dropout.
-    - Decay 0.97 and dropout 0.8 are in TensorFlow's terms: in torch's momentum 0.03 and a probability of 0.2.
+    - Figures 1-3 name kinds of layers, no widths or kernels. We use those of soumith/dcgan.torch, since Section 5 bases
+      G on DCGAN. D's dense layers are ours: 8 * --channels = 512 units for z, 128 for x and z, with dropout.
+    - Decay 0.97 and dropout 0.8 are in TensorFlow's terms: in torch's, momentum 0.03 and a dropout probability of 0.2.
     - In training D normalises the batches (x, E(x)) and (G(z), z) each by itself.
     - Pictures and results use running averages. Those of G are moved by G(z), and by G(E(x)) where lambda_2 or lambda_3
       is not 0, as in EX8, but not in EX7; those of E by E(x), and by E(G(z)) where lambda_1 is not 0.
     - The pseudo-Huber of Eq. 4, 6 and 7 is that of each coordinate, averaged, since Section 4 wants each dimension of z
       reconstructed. In Eq. 5 it is that of the norm, since H has 9,216 coordinates and length 1.
-    - Section 4 prints "pool 15" for H, Section 5 pool5. We use the latter, of torchvision's AlexNet, which is of 2014.
     - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from its
       weights and moments, and have gradients through these steps. The first of them is the one that D takes.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
 Departures
-    - Eq. 3 lets G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). They minimise generator_loss, with swapped
-      labels, as in BiGAN's code. So the logged L_GAN is not Eq. 3's value, which Metz et al. let G minimise.
-    - Footnote 1's variance of E is --stochastic-encoder here. Then L_AD and D see samples of E; results show its mean.
+    - In Eq. 3 G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). Here they minimise generator_loss, with swapped
+      labels, as in BiGAN's code. So the logged L_GAN is not Eq. 3's value.
+    - Footnote 1 gives E a variance; here it has one with --stochastic-encoder only. Then L_AD and D see samples from E.
 """
 
 import json
@@ -80,7 +79,7 @@ EXPERIMENTS = {  # Table 1; weights of Eq. 6, 4 and 5
     "EX8": {"lambda_1": 2.5, "lambda_2": 1.0, "lambda_3": 0.0},
     "EX9": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 1.0},
 }
-IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # and, over channels, the widths of the layers down to 4x4
+IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # widths down to 4x4, over --channels
 REAL = 0.9  # D's label of real pairs: one-sided label smoothing (Section 5)
 LEAK = 0.2  # slope of the leaky ReLU (Section 5)
 batch_norm = partial(nn.BatchNorm2d, momentum=1 - 0.97)  # (Section 5)
@@ -93,7 +92,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")  # options of at least 0
-MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # with --resume; data: where the images are the same
+MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
 QUICK = dict(image_size=16, channels=32, latent_dim=32, steps=1700, unroll=1, lr=5e-4, save_every=500)
 
 
@@ -135,7 +134,8 @@ class Encoder(nn.Module):
         if not self.stochastic:
             return self.layers(x)
         mean, log_variance = self.layers(x).chunk(2, dim=1)
-        return mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        std = (log_variance / 2).exp()
+        return (mean + std * torch.randn_like(std)) if self.training else mean
 
 
 class Discriminator(nn.Module):
@@ -161,7 +161,7 @@ class Features(nn.Module):
         super().__init__()
         try:
             layers = torchvision.models.alexnet(weights="IMAGENET1K_V1").features
-        except (OSError, RuntimeError) as error:  # no network, or not the whole file
+        except (OSError, RuntimeError) as error:  # no network, or a damaged file
             file = f"{torch.hub.get_dir()}/checkpoints/alexnet-owt-7be5be79.pth"
             raise DataError(f"--lambda-3 above 0 needs {file}, which cannot be had: {error}") from error
         self.layers = layers.requires_grad_(False)
@@ -192,15 +192,15 @@ def build_networks(image_size, channels, latent_dim, stochastic=False):
 
 
 def discriminator_loss(d_q, d_p):
-    """Eq. 1, Eq. 2, Eq. 3 as D minimises them: -E_q[log D(x, E(x))] - E_p[log(1 - D(G(z), z))], label 0.9 for q.
-    d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z)."""
+    """Minus Eq. 1, Eq. 2, Eq. 3, for D to minimise: -E_q[log D(x, E(x))] - E_p[log(1 - D(G(z), z))], but with the label
+    0.9 in place of 1 for q. d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z)."""
     loss_q = F.binary_cross_entropy_with_logits(d_q, torch.full_like(d_q, REAL))
     return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.zeros_like(d_p))
 
 
 def generator_loss(d_q, d_p):
     """Instead of Eq. 1, Eq. 2, Eq. 3, for G and E: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], labels swapped, not
-    smoothed. It falls where Eq. 3 does, but is not its value. d_q, d_p: as in discriminator_loss."""
+    smoothed. It has Eq. 3's optimum, but not its value. d_q, d_p: as in discriminator_loss."""
     loss_q = F.binary_cross_entropy_with_logits(d_q, torch.zeros_like(d_q))
     return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.ones_like(d_p))
 
@@ -224,8 +224,8 @@ def feature_penalty(h_tilde, h):
 def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
     """One forward pass: images x [N, 3, S, S] in [-1, 1], latents z [M, Z] in [-1, 1] -> {name: scalar}.
 
-    L_D is for D to minimise, L_G_E for G and E; the others are its terms. weights: {"lambda_1": number, ...}; a penalty
-    of weight 0 is not computed, but 0, and H may then be None. unroll: K, 0 for none; optimizer: see unrolled_logits.
+    D minimises L_D, G and E minimise L_G_E; the others are its terms. weights: {"lambda_1": number, ...}; a penalty of
+    weight 0 is not computed: 0 stands for it. H: None if lambda_3 is 0. optimizer, unroll: see unrolled_logits.
     """
     G, E, D = nets["G"], nets["E"], nets["D"]
     x_hat, z_hat = G(z), E(x)
@@ -247,8 +247,8 @@ def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
 def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
     """D's logits of the pairs q and p after `unroll` Adam steps on them, differentiable through the steps (Section 5).
 
-    q, p: (images, latents). d_q, d_p: D's logits of them now. The steps start from D's weights and from the optimizer's
-    moments of them; D and the optimizer are left as they are. ValueError: see adam_group; not where unroll is 0.
+    q, p: (images, latents). d_q, d_p: D's logits of them before the steps. The first step starts from D's weights and
+    the optimizer's moments; D and the optimizer are not changed. Raises adam_group's ValueError, unless unroll is 0.
     """
     if unroll == 0:
         return d_q, d_p
@@ -263,8 +263,8 @@ def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
     for _ in range(unroll):
         gradients = torch.autograd.grad(discriminator_loss(d_q, d_p), theta, create_graph=True)
         t = t + 1
-        steps = [adam_step(*each, t, group) for each in zip(theta, gradients, m, v)]
-        theta, m, v = zip(*steps)
+        updated = [adam_step(w, g, m_w, v_w, t, group) for w, g, m_w, v_w in zip(theta, gradients, m, v)]
+        theta, m, v = zip(*updated)
         later = {**dict(zip(names, theta)), **buffers}
         d_q, d_p = torch.func.functional_call(D, later, q), torch.func.functional_call(D, later, p)
     return d_q, d_p
@@ -349,17 +349,17 @@ def percents(D, x, z):
     return [f"{min(p, 99):02.0f}" for p in (100 * D(x, z).sigmoid()).flatten().tolist()]
 
 
-def save_interpolations(path, nets, x_1, x_2, columns=8):
-    """A walk: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+def save_interpolations(path, nets, x_1, x_2, count=8):
+    """Walks: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
-    between = [nets["G"](torch.lerp(z_1, z_2, i / (columns - 1))) for i in range(columns)]
-    save_grid(path, x_1, *between, x_2, columns=1)
+    between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
+    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
 
 
 @torch.no_grad()
 def save_figures(nets, data, z, out, step):
-    """samples_<step>.png, Figures 5, 7, ..., of 100 of the latents z [N, Z], reconstructions_<step>.png, Figures 6, 8,
-    ..., of up to ten held-out images, both with D's output in percent, and figure_interpolations.png."""
+    """Figures 5, 7, ... (samples_<step>.png, of 100 of the latents z [N, Z]), Figures 6, 8, ...
+    (reconstructions_<step>.png, of up to ten held-out images) and walks (figure_interpolations.png)."""
     was_training = nets.training
     nets.eval()
     z = z[:100]
@@ -450,7 +450,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # to know --experiment, --out, --resume and --quick, which set defaults
     parser.set_defaults(**EXPERIMENTS[args.experiment])
     path = args.out / "checkpoint.pt"
     checkpoint = None
@@ -464,7 +464,7 @@ def parse_args(argv):
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again: what is given wins over these defaults
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -499,7 +499,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # maybe fewer GPUs now
     return checkpoint["step"], checkpoint["log"]
 
 

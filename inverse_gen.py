@@ -543,7 +543,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume or args.query:
@@ -560,7 +560,7 @@ def parse_args(argv):
         parser.set_defaults(**QUICK)
         if args.method == "search":
             parser.set_defaults(gallery=250, search_steps=50)  # each image takes long
-    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again: what is given wins over these defaults
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -600,7 +600,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # maybe fewer GPUs now
     return checkpoint["step"], checkpoint["log"]
 
 

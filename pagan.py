@@ -78,7 +78,7 @@ CONTRAST = (0.5, 1.5)  # least and greatest factor
 EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
 WEIGHTS = ("lr", "crop")  # at least 0
-MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
 QUICK = dict(image_size=16, channels=16, latent_dim=64, batch_size=16, crop=0.06, steps=2200, lr=3e-4, save_every=1000)
 
 
@@ -478,7 +478,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
@@ -491,7 +491,7 @@ def parse_args(argv):
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again: what is given wins over these defaults
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -528,7 +528,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # maybe fewer GPUs now
     return checkpoint["step"], checkpoint["log"]
 
 

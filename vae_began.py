@@ -6,22 +6,23 @@
 
 https://arxiv.org/abs/1804.10323
 The generator is a variational auto-encoder: an encoder E from images to latents, a decoder G from latents to images.
-The discriminator D, an auto-encoder too, learns to reconstruct real images x well, and fake ones badly: those that G
-makes of noise, x_g, and of E's latents, x_v. G learns to make images that D reconstructs well. As in BEGAN a number k
-says how much D minds the fakes; a PID controller moves it so that the losses of real and fake images keep a ratio. E
-and G learn to give back x: in its pixels, and in what D's encoder makes of it, a similarity that is learned.
+The discriminator D, an auto-encoder too, learns to reconstruct real images x well and fake ones badly. The fakes are
+x_g = G(noise) and x_v = G(E's latents of x). G learns to make images that D reconstructs well. As in BEGAN a number k
+says how much D minds the fakes; a PID controller moves it so that the losses of real and fake images keep a ratio. x_v
+has to resemble x in its pixels (L_e) and in its code in D (L_s, a similarity that is learned).
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
-    python vae_began.py --data img_align_celeba/ --out runs/celeba  # the paper's; list_attr_celeba.txt beside it
+    python vae_began.py --data img_align_celeba/ --out runs/celeba  # list_attr_celeba.txt beside it
     python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
-    Figure 1     F_vae-e, F_vae-d; F_ae-e and F_ae-d  Encoder E (theta_e), Decoder G (theta_d); D (theta_e', theta_d')
+    Figure 1     F_vae-e is E, F_vae-d is G           Encoder (theta_e), Decoder (theta_d)
+    Figure 1     F_ae-e and F_ae-d are D's halves     Discriminator (theta_e', theta_d')
     Eq. 1        the likelihood of a VAE              not computed: L_e and L_n stand for it
-    Eq. 2, Eq. 7, Eq. 9: L_e; L_d, L_g, L_v; L_s      vae_began_losses
+    Eq. 2: L_e. Eq. 7: L_d, L_g, L_v. Eq. 9: L_s      vae_began_losses
     Eq. 3        KL loss of the VAE, L_n              kl_loss
     Eq. 4        reparameterisation                   reparameterise
-    Eq. 5, 6     the losses without k, beta, gamma    vae_began_losses: L_dis where k = 1; L_fake
+    Eq. 5, 6     the losses without k, beta, gamma    vae_began_losses: Eq. 5 is L_dis with k = 1; Eq. 6 is L_fake
     Eq. 8        the discriminator's output           Discriminator
     Eq. 10, 11   eta, e_t; convergence (Section 3.4)  balance
     Eq. 12       PID controller                       Controller
@@ -36,21 +37,21 @@ paper -> code
 Rulings, where the paper is silent or contradicts itself
     - Eq. 7 prints L_g as |x - x_g'|. We use |x_g - x_g'|, as in L_v and in BEGAN, because x_g has no partner x.
     - Eq. 11 prints - L_g + alpha L_v. We use - (L_g + alpha L_v), as in Eq. 10 and in the convergence measure.
-    - Eq. 10 measures eta, here in one batch. In Eq. 11 eta is the constant 0.5.
-    - Beside Eq. 4 sigma_v is called the variance; there it is the deviation. E gives log-variances.
+    - In Eq. 10 eta is a measured ratio (here eta_measured, of a batch), in Eq. 11 its set point 0.5 (here eta).
+    - The text calls sigma_v the variance; Eq. 4 uses it as the standard deviation. E gives log-variances.
     - Beside Eq. 2 |x| is called the latent space's size. It is the number of pixels.
     - Section 4 draws z "from [0, 1]". We draw from N(0, I), as Eq. 3 says.
-    - k and the two errors before the first start at 0, and k is kept in [0, 1], as in BEGAN.
-    - The networks are BEGAN's in the layout of carpedm20/BEGAN-tensorflow, whose n is 128 (64 below 128x128 is ours).
+    - k, and e_{t-1} and e_{t-2} at the first step, are 0. k is kept in [0, 1], as in BEGAN.
+    - The networks are BEGAN's as in carpedm20/BEGAN-tensorflow. Its n is 128; below 128x128 pixels we use 64.
     - Section 4's three pairs of convolutions are those of 32x32: we use log2(S) - 2, four at 64x64.
-    - Batches of 16 and 64 latents are BEGAN's. Adam's betas and initial weights are torch's.
-    - Eq. 9 needs E. In BEGAN* + LSM, which has none, L_s is |z_d - z_g'| / |z_d|, of x and an unrelated x_g.
+    - 16 images a step and Z = 64 are BEGAN's. Adam's betas and initial weights are torch's.
+    - Eq. 9 needs E. BEGAN* + LSM has none: its L_s is the mean |z_d - z_g'| of each x and an x_g unrelated to it.
     - Codes of real images are E's means. Figure 6 is of real images, as in its text; its caption says generated ones.
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
     - BEGAN has uniform z and a learning rate of its own. Here all three models have this paper's.
-    - Algorithm 1 updates E, G and D in turn, from one forward pass. Here all gradients are of one point.
-    - Algorithm 1 moves k before D's step. Here it moves after it, which is the same: Eq. 13 has k_{t-1}.
+    - Algorithm 1 updates E, G and D in turn, from one forward pass. Here all gradients are taken before any update.
+    - Algorithm 1 updates k before D. Here k is updated after D. The result is the same, since Eq. 13 has k_{t-1}.
 """
 
 import json
@@ -71,7 +72,7 @@ from torch import nn
 from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "vae_began"
-MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 12 (Section 4; BEGAN's)
+MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 12 (Section 4, BEGAN's in the last row)
     "vae-began": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began-lsm": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began": {"beta": 0.0, "gains": [1e-3, 0.0, 0.0]},
@@ -81,8 +82,8 @@ BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R 
 EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
 COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "alpha", "beta", "gamma", "eta")  # options of at least 0
-MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume; data: its folder
-SPLITS = 10  # of the images of an Inception score
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
+SPLITS = 10  # parts of the images, each with an Inception score of its own
 QUICK = dict(image_size=16, filters=16, steps=1400, lr=1e-3, gamma=5.0, save_every=500)
 
 
@@ -95,22 +96,23 @@ def conv(c_in, c_out, stride=1):
 
 
 class Encoder(nn.Sequential):
-    """Images [N, 3, S, S] in [-1, 1] -> [N, outputs]: blocks of n, 2n, 3n, ... channels, halved in between down to 8x8.
-    E, with 2 Z outputs, means and log-variances; and the first half of D, with Z."""
+    """Images [N, 3, S, S] in [-1, 1] -> [N, outputs]: blocks of n, 2n, 3n, ... channels; the side is halved between
+    them, down to 8. It is E, with 2 Z outputs (means and log-variances), and the first half of D, with Z."""
 
     def __init__(self, image_size, filters, outputs):
         blocks = BLOCKS[image_size]
         layers = [conv(3, filters)]
         for i in range(1, blocks + 1):
-            layers += [conv(max(i - 1, 1) * filters, i * filters), conv(i * filters, i * filters)]
+            c_in = filters if i == 1 else (i - 1) * filters
+            layers += [conv(c_in, i * filters), conv(i * filters, i * filters)]
             if i < blocks:
                 layers.append(conv(i * filters, i * filters, stride=2))
         super().__init__(*layers, nn.Flatten(), nn.Linear(blocks * filters * 8 * 8, outputs))  # 8x8 pixels
 
 
 class Decoder(nn.Sequential):
-    """Latents [N, Z] -> images [N, 3, S, S], about in [-1, 1]: blocks of n channels, doubled in between from 8x8.
-    G, and the second half of D."""
+    """Latents [N, Z] -> images [N, 3, S, S], about in [-1, 1]: blocks of n channels; the side, 8 at first, is doubled
+    between them. It is G, and the second half of D."""
 
     def __init__(self, image_size, filters, latent_dim):
         blocks = BLOCKS[image_size]
@@ -157,7 +159,7 @@ class Controller(nn.Module):
 
 
 def build_networks(model, image_size, filters, latent_dim, gains):
-    """G, D, for "vae-began" E of 2 Z outputs, and the controller. ValueError for a model or size that there is not."""
+    """G, D, the controller, and for "vae-began" E, with 2 Z outputs. ValueError for an unknown model or size."""
     if model not in MODELS or image_size not in IMAGE_SIZES:
         raise ValueError(f"model {model}, size {image_size}: there are {list(MODELS)} and {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Decoder(image_size, filters, latent_dim)})
@@ -182,7 +184,7 @@ def reparameterise(mean, log_variance, epsilon):
 
 
 def balance(L_d, L_fake, eta):
-    """Eq. 10, which is eta in equilibrium, Eq. 11, and Section 3.4's convergence measure, by name. L_fake: Eq. 6."""
+    """eta_measured (Eq. 10, near eta in equilibrium), e_t (Eq. 11), convergence (Section 3.4). L_fake: Eq. 6."""
     e_t = eta * L_d - L_fake  # Eq. 11: eta L_d - (L_g + alpha L_v)
     return {"eta_measured": L_fake / L_d, "e_t": e_t, "convergence": L_d + e_t.abs()}  # Eq. 10
 
@@ -216,8 +218,8 @@ def vae_began_losses(nets, weights, x, z_g, epsilon):
 
 
 def began_losses(nets, weights, x, z_g, epsilon=None):
-    """BEGAN, and with a beta BEGAN* + LSM: no E, no epsilon, an L_s of each x and an unrelated x_g. Otherwise as
-    vae_began_losses. ValueError unless there are as many latents z_g as images x."""
+    """The losses of BEGAN (beta = 0) and BEGAN* + LSM. There is no E, and epsilon is not used; L_s compares x with an
+    x_g unrelated to it. Otherwise as vae_began_losses. ValueError unless there are as many z_g as x."""
     if len(x) != len(z_g):
         raise ValueError(f"{len(x)} images, but {len(z_g)} latents")
     k = nets["controller"].k.clone()  # k_{t-1}, as above
@@ -246,7 +248,7 @@ def build_optimizer(nets, lr):
 
 def make_inputs(images, latent_dim):
     """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; z_g and epsilon ~ N(0, I): [N, Z]."""
-    z_g, epsilon = torch.randn(2, len(images), latent_dim, device=images.device)
+    z_g, epsilon = torch.randn(2, len(images), latent_dim, device=images.device)  # unpacked: two of [N, Z]
     return to_float(images), z_g, epsilon
 
 
@@ -299,11 +301,11 @@ def encode(nets, x):
     return mean
 
 
-def save_interpolations(path, nets, x_1, x_2, columns=8):
-    """Figure 6: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+def save_interpolations(path, nets, x_1, x_2, count=8):
+    """Figure 6: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
-    between = [nets["G"](torch.lerp(z_1, z_2, i / (columns - 1))) for i in range(columns)]
-    save_grid(path, x_1, *between, x_2, columns=1)
+    between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
+    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
 
 
 def attribute_directions(nets, data, device):
@@ -318,8 +320,9 @@ def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 
     z = z[torch.arange(len(directions)) % len(z)]  # [A, Z]
     rows = [nets["G"](z + strength * directions) for strength in strengths]
     names = [name.replace("_", "\n") for name in data.attributes]  # a word a line, so that it fits in a tile
-    captions = [names, *([f"{strength:+g}"] for strength in strengths)]
-    save_grid(path, torch.ones_like(rows[0]), *rows, columns=1, captions=captions)  # the names are on white
+    captions = [names, *([f"{strength:+g}"] for strength in strengths)]  # strengths: on the first row alone
+    white = torch.ones_like(rows[0])  # a first column of white tiles, for the names
+    save_grid(path, white, *rows, columns=1, captions=captions)
 
 
 @torch.no_grad()
@@ -348,7 +351,7 @@ def sample_diversity(samples, images):
 
 def inception_score(probabilities, splits=SPLITS):
     """Table 1: exp(E KL(p(y|x) || p(y))), its mean and standard deviation over the splits (Salimans et al. 2016).
-    probabilities: p(y|x) of images x, [N, classes], N >= splits. From 1 to the number of classes."""
+    probabilities: p(y|x) of images x, [N, classes], N >= splits. A score is between 1 and the number of classes."""
     scores = []
     for p in probabilities.tensor_split(splits):
         kl = (torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1)  # xlogy(p, q): p log q
@@ -357,28 +360,21 @@ def inception_score(probabilities, splits=SPLITS):
 
 
 def load_classifier(name, image_size, device):
-    """p(y|x) by --classifier, None for none: images [N, 3, S, S] in [-1, 1] -> logits [N, C] and features [N, F].
+    """What --classifier names: a function of images [N, 3, S, S] in [-1, 1] to (logits [N, C], not used).
 
-    inception: torchvision's Inception v3, from its cache or fetched by it. Another name: a TorchScript file. DataError
-    if it cannot be had, or does not give such tensors.
+    none: None. inception: torchvision's Inception v3, from its cache or fetched by it. Otherwise a TorchScript file.
+    DataError if it cannot be had, or does not give such logits.
     """
     if name == "none":
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # of [-1, 1]
-        except (OSError, RuntimeError) as error:  # no connection, or a broken file
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # x is in [-1, 1]
+        except (OSError, RuntimeError) as error:  # no network, or a damaged file
             file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
             raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
         net.eval().to(device)
-        to_logits = net.fc
-        net.fc = nn.Identity()  # so that the network gives its features
-
-        def classify(x):
-            features = net(F.interpolate(x, (299, 299), mode="bilinear"))
-            return to_logits(features), features  # [N, 1000], [N, 2048]
-
-        return classify
+        return lambda x: (net(F.interpolate(x, (299, 299), mode="bilinear")), None)  # [N, 1000]
     problem = f"--classifier {name} is no TorchScript taking [N, 3, {image_size}, {image_size}] to (logits, features)"
     try:
         with warnings.catch_warnings():
@@ -387,8 +383,7 @@ def load_classifier(name, image_size, device):
         logits, features = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{problem}: {error}") from error
-    fits = logits.ndim == features.ndim == 2 and len(logits) == len(features) == 2 and features.shape[1] > 1
-    if not fits:
+    if logits.ndim != 2 or len(logits) != 2:
         raise DataError(problem)
     return classifier
 
@@ -400,7 +395,7 @@ def l1_of_d(D, x):
 
 @torch.no_grad()
 def measure(nets, data, z, alpha, eta, classifier, count):
-    """The figures of merit, of up to 1,000 held-out images and as many samples; their diversity is that of G(z)."""
+    """The figures of merit, of up to 1,000 held-out images and as many new samples; sample_diversity is of G(z)."""
     G, D = nets["G"], nets["D"]
     x = to_float(data.heldout[:1000]).to(z.device)
     z_g, epsilon = torch.randn(2, len(x), z.shape[1], generator=torch.Generator().manual_seed(0)).to(z.device)
@@ -414,7 +409,7 @@ def measure(nets, data, z, alpha, eta, classifier, count):
         x_v = torch.cat([G(part) for part in reparameterise(mean, log_variance, epsilon).split(250)])
         L_fake = L_g + alpha * l1_of_d(D, x_v)  # Eq. 6
         x_of_mean = torch.cat([G(part) for part in mean.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
         results["heldout_l1"] = F.l1_loss(x_of_mean, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["kl_nats"] = z.shape[1] * kl_loss(mean, log_variance).item()
@@ -428,7 +423,7 @@ def measure(nets, data, z, alpha, eta, classifier, count):
 
 @torch.no_grad()
 def measure_inception(nets, data, latent_dim, classifier, count, device):
-    """Table 1: Inception scores by load_classifier's p(y|x) of count samples and of count training images at most."""
+    """Table 1: Inception scores by the classifier, of up to count training images and of as many samples."""
     reals = data.train[:count]
     z = torch.randn(len(reals), latent_dim, generator=torch.Generator().manual_seed(1)).to(device)
     p_of_samples = torch.cat([classifier(nets["G"](part).clamp(-1, 1))[0].softmax(dim=1) for part in z.split(100)])
@@ -458,9 +453,9 @@ def parse_args(argv):
     add("--beta", type=float, default=SUPPRESS, help="weight of L_s; 0.1 (Section 4), or 0 for --model began")
     add("--gamma", type=float, default=0.1, help="weight of L_e (Section 4)")
     add("--eta", type=float, default=0.5, help="set point of the balance (Section 4)")
-    gains = "l1, l2, l3 of Eq. 12; 1e-3, 1e-5, 1e-5 (Section 4), or the first alone for --model began"
+    gains = "l1, l2, l3 of Eq. 12; 1e-3, 1e-5, 1e-5 (Section 4), or 1e-3, 0, 0 for --model began"
     add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), default=SUPPRESS, help=gains)
-    files = "inception, none or a TorchScript file, as tests/make_classifier.py makes, of images to (logits, features)"
+    files = "none, inception, or a TorchScript file: images to (logits, features). tests/make_classifier.py makes one"
     add("--classifier", default="none", help=files)
     add("--samples", type=int, default=50_000, help="images in the Inception score, at most as many as to train on")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
@@ -478,7 +473,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
     add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
@@ -493,7 +488,7 @@ def parse_args(argv):
         parser.set_defaults(**MODELS[args.model], filters=IMAGE_SIZES[args.image_size])
         if args.quick:
             parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)  # again, with the defaults of the run, or of --quick
+    args = parser.parse_args(argv)  # again: what is given wins over these defaults
     for name in COUNTS + WEIGHTS:
         least = 1 if name in COUNTS else 0
         if not least <= getattr(args, name) < math.inf:
@@ -532,7 +527,7 @@ def restore(checkpoint, args, data, nets, optimizer):
     nets.load_state_dict(checkpoint["networks"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])
-    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # there may be fewer
+    torch.cuda.set_rng_state_all(checkpoint["random_on_cuda"][: torch.cuda.device_count()])  # maybe fewer GPUs now
     return checkpoint["step"], checkpoint["log"]
 
 
