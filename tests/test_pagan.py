@@ -448,8 +448,10 @@ def test_a_classifier_of_attributes(photos, tmp_path, monkeypatch):
 def test_classifiers_are_loaded_for_evaluation_and_unfit_ones_refused(script, classifier, tmp_path):
     path, device = str(classifier[0]), torch.device("cpu")
     assert not script.load_classifier(path, 16, device).training and script.load_classifier("none", 16, device) is None
-    unfits = [lambda x: (x[:, 0, 0], x[:, 0, 0, 0]), lambda x: (x[:, 0, 0], x[:, 0, 0, :1]), lambda x: x[:, 0]]
-    for unfit in (*unfits, lambda x: x[:, 0, 0], lambda x: (x[:1, 0, 0], x[:1, 0, 0])):
+    unfits = [lambda x: x[:, 0], lambda x: x[:, 0, 0], lambda x: (x[:1, 0, 0], x[:1, 0, 0])]
+    if script is pagan:  # which needs the features, too
+        unfits += [lambda x: (x[:, 0, 0], x[:, 0, 0, 0]), lambda x: (x[:, 0, 0], x[:, 0, 0, :1])]
+    for unfit in unfits:
         torch.jit.trace(unfit, torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "unfit"))
         with pytest.raises(DataError, match=r"unfit is no TorchScript taking \[N, 3, 16, 16\] to"):
             script.load_classifier(str(tmp_path / "unfit"), 16, device)
@@ -475,8 +477,10 @@ def test_inception_sees_images_of_299_pixels_in_its_own_range(script, monkeypatc
     with torch.no_grad():
         logits, features = classifier(x)
         torch.testing.assert_close(logits, net(F.interpolate(x, (299, 299), mode="bilinear")))
-    torch.testing.assert_close(features, pooled[0])
-    assert features.shape == (2, 2048) and features.std(0).max() > 0
+    assert logits.shape == (2, 1000) and logits.std(0).max() > 0
+    if script is pagan:
+        torch.testing.assert_close(features, pooled[0])
+        assert features.shape == (2, 2048) and features.std(0).max() > 0
 
 
 # ------------------------------------------------------------------------------------------------------ command line
