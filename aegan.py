@@ -20,21 +20,19 @@ paper -> code
     Section 4    the baselines GAN (Eq. 1) and AAE    gan_losses, aae_losses; --model
     Figure 1     interpolation between real images    save_interpolations
     Figures 3, 4 samples; pairs of x and x_tilde      save_figures
-    Sect. 4.1, 2 collapse, blur; G and E as inverses  measure: sample_diversity, sharpness; heldout_l1, latent_mse
+    Section 4    collapse; blur; inverses             measure: sample_diversity; sharpness; heldout_l1, latent_mse
 
 Rulings, where the paper is silent or contradicts itself
     - It names no widths, depths or loss weights. These (at 64x64), the noise, the learning rates and Adam's numbers are
       those of the author's code, to which it refers: https://github.com/ConorLazarou/AEGAN-keras.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
-    - Eq. 4 and 5 misname the variables under their expectations. Real latents are the prior's.
     - The AAE has Eq. 4 and the image half of Eq. 6, as in that code.
-Departures
-    - G and E minimise -log D(fake), not log(1 - D(fake)), and only D's labels are smoothed, as in that code.
-    - The norms of Eq. 6 are means, the second one squared, as in that code: so the lambdas have another scale.
-    - A step of that code is four updates of D_x and D_z, then four of G and E, each on a new batch of one kind. Here it
-      is one of each, with gradients taken before any network moves: a quarter of the updates.
-    - Each parameter's gradient is clipped to a norm of 1, as there. E's noise is on where D's fakes are made. G and E
-      weigh Eq. 2 to 5 by alpha, 1 as there; --quick weighs them, and latents, less.
+Departures that are that code's, too
+    - G and E minimise -log D(fake), not log(1 - D(fake)), and only D's labels are smoothed.
+    - The norms of Eq. 6 are means, the second one squared: so the lambdas have another scale.
+    - Each parameter's gradient is clipped to a norm of 1. G's and E's Eq. 2 to 5 have a weight, alpha, which is 1.
+Departures of ours
+    - That code updates each network four times a step, on new batches. Here it is once, by gradients taken before.
     - Each image of a batch is mirrored with probability 1/2, for the paper's mirrored copies.
 """
 
@@ -59,10 +57,10 @@ IMAGE_SIZES = {16: 2, 32: 3, 64: 4, 128: 5, 256: 6}  # and how often each is hal
 REAL, FAKE = 0.95, 0.05  # the discriminators' labels
 LEAK = 0.02  # slope of the discriminators' leaky ReLU
 INPUT_NOISE = 0.01  # deviation of the noise added to the inputs of E, D_x and D_z
-LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # deviation of their layers' multiplicative noise: Keras's rate of 0.005
-INITIAL_STD = 0.02  # of weights; the style's and those of D_z are Xavier uniform
+LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # deviation of their multiplicative noise: Keras's GaussianDropout(0.005)
+INITIAL_STD = 0.02  # of the weights at first, but for G.style's and D_z's, which are Xavier uniform
 BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam; Keras's epsilon
-EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
@@ -98,7 +96,7 @@ class MultiplyNoise(nn.Module):
 
 def same_conv(c_in, c_out, kernel, stride=1):
     """Convolution with Keras's "same" padding: [N, c_in, H, H] -> [N, c_out, H / stride, H / stride]."""
-    before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2  # an odd pixel goes after, as in Keras
+    before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2  # one left over goes after, as in Keras
     return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), nn.Conv2d(c_in, c_out, kernel, stride))
 
 
@@ -120,7 +118,8 @@ class LatentDiscriminator(nn.Module):
 
     def __init__(self, latent_dim, width=16, depth=16):
         super().__init__()
-        self.noise, self.layers = AddNoise(), nn.ModuleList()
+        self.noise = AddNoise()
+        self.layers = nn.ModuleList()
         for i in range(depth):
             linear = nn.Linear(latent_dim + i * width, width)
             self.layers.append(nn.Sequential(linear, MultiplyNoise(), ChannelNorm(width), nn.LeakyReLU(LEAK)))
@@ -140,7 +139,8 @@ class Generator(nn.Module):
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
         doublings = IMAGE_SIZES[image_size]
-        self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)  # 2 2 2 2 1 1 at 64x64
+        # six: 1 1 2 2 1 1 at 16x16, 2 2 2 2 1 1 at 64x64, 2 2 2 2 2 2 at 256x256
+        self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
         units = channels * 4 * 4  # 4x4 pixels
         self.trunk = nn.Sequential(nn.Linear(latent_dim, units), ChannelNorm(units), nn.ReLU())
@@ -148,7 +148,7 @@ class Generator(nn.Module):
         self.layers = nn.ModuleList()
         for c_in, c_out in zip(widths, widths[1:]):
             self.layers.append(nn.Sequential(same_conv(c_in + channels, c_out, 4), ChannelNorm(c_out), nn.ReLU()))
-        self.layers.append(nn.Sequential(same_conv(2 * channels, 3, 4), nn.Tanh()))
+        self.layers.append(nn.Sequential(same_conv(widths[-1] + channels, 3, 4), nn.Tanh()))
 
     def forward(self, z):
         h = self.trunk(z).unflatten(1, (-1, 4, 4))  # (N, c, 4, 4)
@@ -162,7 +162,7 @@ class Generator(nn.Module):
 
 
 def build_networks(model, image_size, channels, latent_dim):
-    """The networks of MODELS[model], in training mode. All four are built, so that a seed gives all models the same."""
+    """The networks of MODELS[model], in training mode. All four are built, so that each starts alike in all models."""
     if model not in MODELS or image_size not in IMAGE_SIZES:
         raise ValueError(f"model {model}, size {image_size}: there are {list(MODELS)} and {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
@@ -184,7 +184,7 @@ def build_networks(model, image_size, channels, latent_dim):
 def discriminator_loss(d_real, d_fake):
     """Eq. 2 to 5 as D minimises them: -mean log D(real) - mean log(1 - D(fake)), with 0.95 and 0.05 as labels 1 and 0.
 
-    d_real, d_fake: D's logits [N, 1], [M, 1]: D_x's of x and x_hat or x_tilde, D_z's of z and z_hat or z_tilde.
+    d_real, d_fake: logits [N, 1], [M, 1]: D_x(x) and D_x(x_hat) or D_x(x_tilde); D_z(z) and D_z(z_hat) or D_z(z_tilde).
     """
     real = F.binary_cross_entropy_with_logits(d_real, torch.full_like(d_real, REAL))
     return real + F.binary_cross_entropy_with_logits(d_fake, torch.full_like(d_fake, FAKE))
@@ -198,8 +198,8 @@ def generator_loss(d_fake):
 def aegan_losses(nets, x, z, weights):
     """AEGAN, one forward pass: images x [N, 3, S, S] in [-1, 1] and latents z ~ N(0, I) [M, Z] -> {name: scalar}.
 
-    L_D_x, L_D_z and L_G_E are for the networks of that name to minimise, the others are the terms of L_G_E. In weights
-    alpha is that of the four GAN terms, lambda_rx of r_x, lambda_rz of r_z: 1, 10 and 5 in the author's code.
+    L_D_x, L_D_z and L_G_E are for the networks of that name to minimise, the others are the terms of L_G_E. weights:
+    "alpha" of the four GAN terms, "lambda_rx" of r_x, "lambda_rz" of r_z; 1, 10 and 5 in the author's code.
     """
     G, E, D_x, D_z = nets["G"], nets["E"], nets["D_x"], nets["D_z"]
     x_hat, z_hat = G(z), E(x)
@@ -214,13 +214,13 @@ def aegan_losses(nets, x, z, weights):
     L_GAN = GAN_x_hat + GAN_x_tilde + GAN_z_hat + GAN_z_tilde  # Section 3.1, the sum
     r_x, r_z = F.l1_loss(x_tilde, x), F.mse_loss(z_tilde, z)  # means of |x_tilde - x| and (z_tilde - z)^2
     L_r = weights["lambda_rx"] * r_x + weights["lambda_rz"] * r_z  # Eq. 6
-    L_G_E = weights["alpha"] * L_GAN + L_r  # Eq. 7; alpha is the code's
+    L_G_E = weights["alpha"] * L_GAN + L_r  # Eq. 7; alpha: the author's code
     terms = {"GAN_x_hat": GAN_x_hat, "GAN_x_tilde": GAN_x_tilde, "GAN_z_hat": GAN_z_hat, "GAN_z_tilde": GAN_z_tilde}
     return {"L_D_x": L_D_x, "L_D_z": L_D_z, "L_G_E": L_G_E, **terms, "r_x": r_x, "r_z": r_z}
 
 
 def gan_losses(nets, x, z, weights):
-    """The GAN of Section 4, G and D_x: Eq. 1, that is Eq. 2 without the rest of Eq. 7. Otherwise as aegan_losses."""
+    """The GAN of Section 4, G and D_x: Eq. 1, which is Eq. 2 alone. Otherwise as aegan_losses."""
     d_x, d_x_hat = nets["D_x"](torch.cat([x, nets["G"](z)])).split([len(x), len(z)])
     L_D_x, GAN_x_hat = discriminator_loss(d_x, d_x_hat), generator_loss(d_x_hat)  # Eq. 2
     return {"L_D_x": L_D_x, "L_G_E": weights["alpha"] * GAN_x_hat, "GAN_x_hat": GAN_x_hat}
@@ -250,7 +250,7 @@ def build_optimizer(nets, lr, lr_discriminator):
 
 
 def make_inputs(images, latent_dim, flip):
-    """x: the images (uint8 [N, 3, S, S]) in [-1, 1], mirrored at random if flip; z ~ N(0, I): [N, Z]."""
+    """uint8 images [N, 3, S, S] -> x: the same in [-1, 1], mirrored at random if flip; z ~ N(0, I): [N, Z]."""
     x = to_float(images)
     if flip:
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
@@ -272,21 +272,21 @@ def train_step(nets, optimizer, model, weights, x, z):
     optimizer.zero_grad()
     # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
     if "D_x" in nets:
-        losses["L_D_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # maximises Eq. 2, 3
+        losses["L_D_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # Eq. 2, 3
     if "D_z" in nets:
-        losses["L_D_z"].backward(inputs=trainable(optimizer, nets["D_z"]), retain_graph=True)  # maximises Eq. 4, 5
+        losses["L_D_z"].backward(inputs=trainable(optimizer, nets["D_z"]), retain_graph=True)  # Eq. 4, 5
     G_E = [nets[name] for name in ("G", "E") if name in nets]
-    losses["L_G_E"].backward(inputs=trainable(optimizer, *G_E))  # minimise Eq. 7
+    losses["L_G_E"].backward(inputs=trainable(optimizer, *G_E))  # Eq. 7
     gradients = [p.grad for p in nets.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))  # of each parameter's gradient by itself
-    torch._foreach_div_(gradients, norms.clamp(min=1).unbind())  # clipped to 1, all in one call
+    torch._foreach_div_(gradients, norms.clamp(min=1).unbind())  # each over its norm where that is above 1: clipped
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
 def record(step, inputs):
     """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
-    That returns the same tensors at each call, with new values, so read these before the next one."""
+    Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -304,7 +304,7 @@ def record(step, inputs):
 
 
 def save_interpolations(path, nets, x_1, x_2, count=8):
-    """Figure 1: rows of x_1, images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+    """Figure 1: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
     save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
@@ -327,7 +327,7 @@ def save_figures(nets, data, z, out, step):
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    """Mean distance of two samples, divided by that of two images, both [N, 3, S, S]: 0 in total collapse."""
     return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
@@ -346,7 +346,7 @@ def measure(nets, data, z):
     results = {"sample_diversity": sample_diversity(x_hat, x[: len(z)])}
     if "E" in nets:
         x_tilde = torch.cat([nets["G"](nets["E"](part)) for part in x.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
         results["heldout_l1"] = F.l1_loss(x_tilde, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["sharpness"] = (edges(x_tilde) / edges(x)).item()
@@ -372,7 +372,7 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="aegan", help="the paper's model, or a baseline (Section 4)")
-    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
+    add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
@@ -382,11 +382,11 @@ def parse_args(argv):
     add("--latent-dim", type=int, default=32, help="dimensions Z of the latents (Section 4)")
     add("--channels", type=int, default=64, help="width of the narrowest layers of G, E, D_x (the author's code)")
     add("--no-flip", action="store_true", help="turn off the mirroring of Section 4")
-    add("--lr", type=float, default=2e-4, help="learning rate of G and E (as all weights: the author's code)")
-    add("--lr-discriminator", type=float, default=5e-4, help="learning rate of D_x and D_z")
-    add("--alpha", type=float, default=1.0, help="weight of L_GAN (Eq. 2 to 5) for G and E")
-    add("--lambda-rx", type=float, default=10.0, help="weight of image reconstruction (Eq. 6)")
-    add("--lambda-rz", type=float, default=5.0, help="weight of latent reconstruction (Eq. 6)")
+    add("--lr", type=float, default=2e-4, help="learning rate of G and E (the author's code)")
+    add("--lr-discriminator", type=float, default=5e-4, help="learning rate of D_x and D_z (the author's code)")
+    add("--alpha", type=float, default=1.0, help="weight of L_GAN (Eq. 2 to 5) for G and E (the author's code)")
+    add("--lambda-rx", type=float, default=10.0, help="weight of image reconstruction, Eq. 6 (the author's code)")
+    add("--lambda-rz", type=float, default=5.0, help="weight of latent reconstruction, Eq. 6 (the author's code)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")

@@ -89,7 +89,7 @@ BETAS = (0.5, 0.999)  # the first: Section 5
 INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
-EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
@@ -301,7 +301,7 @@ def build_optimizer(nets, lr):
 
 
 def make_inputs(images, latent_dim):
-    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; z ~ U[-1, 1]^Z: [N, Z]."""
+    """uint8 images [N, 3, S, S] -> x: the same in [-1, 1]; z ~ U[-1, 1]^Z: [N, Z]."""
     return to_float(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
 
@@ -319,15 +319,15 @@ def train_step(nets, optimizer, H, weights, unroll, x, z):
     losses = bigan_losses(nets, optimizer, H, weights, unroll, x, z)
     optimizer.zero_grad()
     # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
-    losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)  # maximises Eq. 3
-    losses["L_G_E"].backward(inputs=trainable(optimizer, nets["G"], nets["E"]))  # minimise Eq. 8
+    losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)  # Eq. 3
+    losses["L_G_E"].backward(inputs=trainable(optimizer, nets["G"], nets["E"]))  # Eq. 8
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
 def record(step, inputs):
     """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
-    That returns the same tensors at each call, with new values, so read these before the next one."""
+    Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -375,7 +375,7 @@ def save_figures(nets, data, z, out, step):
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    """Mean distance of two samples, divided by that of two images, both [N, 3, S, S]: 0 in total collapse."""
     return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
@@ -397,7 +397,7 @@ def measure(nets, data, z):
     d_real = torch.cat([D(*pair) for pair in zip(x.split(250), z_hat.split(250))])
     d_tilde = torch.cat([D(*pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
     x_hat = G(z)
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
     results = {
         "heldout_l1": F.l1_loss(x_tilde, x).item(),
         "heldout_l1_of_mean_image": F.l1_loss(mean_image.expand_as(x), x).item(),
@@ -435,7 +435,7 @@ def parse_args(argv):
     add("--lambda-3", type=float, default=SUPPRESS, help="weight of Eq. 5: AlexNet's features of x against G(E(x))")
     add("--unroll", type=int, default=8, help="K, D's updates that G and E look ahead (Section 5); 0: a plain BiGAN")
     add("--stochastic-encoder", action="store_true", help="E gives a mean and a variance (footnote 1)")
-    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
+    add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")

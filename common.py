@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,10 +87,8 @@ def to_float(images):
 
 
 def read_image(path, size):
-    """One image file -> uint8 [3, size, size]: upright, over white, the centre square, antialiased.
-
-    Raises what Pillow raises on a file that it cannot read. GIF and WebP give their first frame.
-    """
+    """One image file -> uint8 [3, size, size]: upright, over white, the centre square, antialiased; of several
+    frames the first. Raises what Pillow raises on a file that it cannot read."""
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
         image = ImageOps.exif_transpose(image)
@@ -174,8 +173,8 @@ def _read_attributes(folder, paths):
     missing = [key for key in keys if key not in table]
     if missing:
         row = f"row of a file name and {len(header) - 1} values 0 or 1"
-        named = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
-        print(f"going on without attributes: {file} has no {row} for {named}", file=sys.stderr)
+        images = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
+        print(f"going on without attributes: {file} has no {row} for {images}", file=sys.stderr)
         return [], torch.zeros(len(paths), 0, dtype=torch.bool)
     return header[1:], torch.tensor([table[key] for key in keys], dtype=torch.bool)
 
@@ -184,9 +183,9 @@ def _load_torchvision(dataset, size, seed, root):
     try:
         source = dataset(root, download=True)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
-        advice = f"put the files of {dataset.__name__} into {root}/, or give a folder of images"
-        raise DataError(f"it cannot be downloaded ({reason}): {advice}") from error
+        advice = f"put its files into {root}/, or give a folder of images"
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{dataset.__name__} cannot be downloaded: {advice} ({reason})") from error
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(source)))
     images = torch.as_tensor(source.data)[order]  # CIFAR-10 [M, 32, 32, 3], MNIST [M, 28, 28]
     images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
@@ -203,17 +202,16 @@ def save_grid(path, *batches, columns=10, captions=()):
     each of the first batches, up to N short texts for the top-left corners of its tiles.
     """
     groups = []
-    for number, images in enumerate(batches):
+    for images, texts in zip_longest(batches, captions, fillvalue=()):
         tiles = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
         factor = max(1, 64 // images.shape[-1])
         tiles = tiles.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-        if number < len(captions):
-            for tile, text in zip(tiles, captions[number]):
-                image = to_pil_image(tile)
-                pen = ImageDraw.Draw(image)
-                pen.rectangle(pen.textbbox((1, 0), text), "black")
-                pen.text((1, 0), text, "white")
-                tile.copy_(pil_to_tensor(image))
+        for tile, text in zip(tiles, texts):
+            image = to_pil_image(tile)
+            pen = ImageDraw.Draw(image)
+            pen.rectangle(pen.textbbox((1, 0), text), "black")
+            pen.text((1, 0), text, "white")
+            tile.copy_(pil_to_tensor(image))
         groups.append(tiles)
     grid = torchvision.utils.make_grid(torch.cat(groups, dim=-1), nrow=columns, padding=4, pad_value=255)
     to_pil_image(grid).save(path)
@@ -222,14 +220,10 @@ def save_grid(path, *batches, columns=10, captions=()):
 def draw_faces(count, size, seed=0):
     """Cartoon faces: images uint8 [count, 3, size, size], the names of the A attributes, labels bool [count, A].
     Image i depends on seed, size and i alone; the bytes on Pillow's version, too."""
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    labels = torch.empty(count, len(FACE_ATTRIBUTES), dtype=torch.bool)
-    for i in range(count):
-        image, parts = draw_face(random.Random(f"{seed} {i}"), size)
-        images[i] = pil_to_tensor(image)
-        labels[i] = torch.tensor([name in parts for name in FACE_ATTRIBUTES])
-        if (i + 1) % 1000 == 0:
-            print(f"drew {i + 1} of {count} faces", end="\r" if i + 1 < count else "\n", file=sys.stderr, flush=True)
+    print(f"drawing {count} faces", file=sys.stderr, flush=True)
+    faces = [draw_face(random.Random(f"{seed} {i}"), size) for i in range(count)]
+    images = torch.stack([pil_to_tensor(image) for image, parts in faces])
+    labels = torch.tensor([[name in parts for name in FACE_ATTRIBUTES] for image, parts in faces])
     return images, FACE_ATTRIBUTES, labels
 
 

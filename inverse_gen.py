@@ -67,7 +67,7 @@ IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # 0.5 is the Appendix's
 INITIAL_STD = 0.02  # of weights, DCGAN's
-EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # at least 1
 COUNTS += ("log_every", "save_every")
 WEIGHTS = ("lr", "search_rate")  # at least 0
@@ -267,7 +267,7 @@ def stage_of(step, method, gan_steps):
 
 def record(step, inputs):
     """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
-    That returns the same tensors at each call, with new values, so read these before the next one."""
+    Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -429,7 +429,7 @@ def save_found(out, descriptors, data, described):
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    """Mean distance of two samples, divided by that of two images, both [N, 3, S, S]: 0 in total collapse."""
     return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
@@ -438,7 +438,7 @@ def measure_inversion(nets, invert, data, z, count):
     """Table 1 and Figure 5, of images generated from z [N, Z]; reconstructions of up to count held-out images."""
     x = to_unit(data.heldout[:count].to(z.device))
     x_prime = torch.cat([generate(nets["G"], invert(part)) for part in x.split(250)])
-    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
+    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
     samples = generate(nets["G"], z)
     again = generate(nets["G"], invert(samples))
     restored = generate(nets["G"], invert(blur(samples)))
@@ -528,7 +528,7 @@ def parse_args(argv):
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
     add("--gallery", type=int, default=20_000, help="training images that are searched (Section 4.2)")
-    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
+    add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")

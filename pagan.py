@@ -64,18 +64,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "pagan"
-IMAGE_SIZES = {
-    16: (1, 2, 4),
-    32: (1, 2, 4, 8),
-    64: (1, 2, 4, 8, 16),
-}  # side S: channels at S, S/2, ..., 4, in multiples of --channels
+IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths at S, S/2, ..., 4, over --channels
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
 L1_WEIGHT = 10.0  # of the L1 loss of PAGAN-L1
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, as a fraction of the image's side
 CONTRAST = (0.5, 1.5)  # least and greatest factor
-EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
 WEIGHTS = ("lr", "crop")  # at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
@@ -170,9 +166,7 @@ def blur(x, u, p=None):
     radius = math.ceil(3 * BLUR[1] * size)
     distance = torch.arange(-radius, radius + 1, device=x.device)
     kernel = (-((distance / sigma) ** 2) / 2).softmax(dim=1)  # (N, 2r + 1): softmax is exp() made to sum to 1
-    kernels = kernel.repeat_interleave(channels, 0)[
-        :, None, None
-    ]  # (3N, 1, 1, 2r + 1): one for each colour of each image
+    kernels = kernel.repeat_interleave(channels, 0)[:, None, None]  # (3N, 1, 1, 2r + 1): one a colour of an image
     planes = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, 3N, S + 2r, S + 2r)
     across = F.conv2d(planes, kernels, groups=count * channels)  # each plane by its own kernel
     return F.conv2d(across, kernels.mT, groups=count * channels).view_as(x)  # and down
@@ -228,8 +222,7 @@ def pagan_losses(nets, x, x_aug, z, epsilon):
 
 
 def pagan_l1_losses(nets, x, x_aug, z, epsilon):
-    """PAGAN-L1 of the ablation study: 10 |x - x_rec| in place of -log D(x, x_rec), so x_aug is not used. Otherwise as
-    pagan_losses."""
+    """PAGAN-L1: 10 |x - x_rec| in place of -log D(x, x_rec). x_aug is not used. Otherwise as pagan_losses."""
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
     z_hat = reparameterise(mean, log_variance, epsilon)
     x_pr, x_rec = nets["G"](torch.cat([z, z_hat])).split([len(z), len(x)])
@@ -255,10 +248,10 @@ def build_optimizer(nets, lr):
 
 
 def make_inputs(images, latent_dim, augmentation, p):
-    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; x_aug = a(x); z and epsilon ~ N(0, I): [N, Z]."""
+    """uint8 images [N, 3, S, S] -> x: the same in [-1, 1]; x_aug = a(x); z and epsilon ~ N(0, I): [N, Z]."""
     x = to_float(images)
     x_aug = AUGMENTATIONS[augmentation](x, torch.rand(len(x), 2, device=x.device), p)
-    z, epsilon = torch.randn(2, len(x), latent_dim, device=x.device)
+    z, epsilon = torch.randn(2, len(x), latent_dim, device=x.device)  # unpacked: two of [N, Z]
     return x, x_aug, z, epsilon
 
 
@@ -288,7 +281,7 @@ def train_step(nets, optimizer, reconstruction, x, x_aug, z, epsilon):
 
 def record(step, inputs):
     """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
-    That returns the same tensors at each call, with new values, so read these before the next one."""
+    Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -329,7 +322,7 @@ def save_figures(nets, data, z, out, step, p):
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    """Mean distance of two samples, divided by that of two images, both [N, 3, S, S]: 0 in total collapse."""
     return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
@@ -363,15 +356,15 @@ def frechet_inception_distance(features_a, features_b):
 
 
 def load_classifier(name, image_size, device):
-    """p(y|x) by --classifier, None for none: images [N, 3, S, S] in [-1, 1] -> logits [N, C] and features [N, F].
-    inception: torchvision's Inception v3, from its cache or fetched by it. Another name: a TorchScript file. DataError
-    if it cannot be had, or does not give such tensors."""
+    """What --classifier names: a function of images [N, 3, S, S] in [-1, 1] to (logits [N, C], features [N, F]).
+    none: None. inception: torchvision's Inception v3, from its cache or fetched by it. Otherwise a TorchScript file.
+    DataError if it cannot be had, or does not give such tensors."""
     if name == "none":
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # of [-1, 1]
-        except (OSError, RuntimeError) as error:  # no connection, or a broken file
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # x is in [-1, 1]
+        except (OSError, RuntimeError) as error:  # no network, or a damaged file
             file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
             raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
         net.eval().to(device)
@@ -391,8 +384,7 @@ def load_classifier(name, image_size, device):
         logits, features = classifier(torch.zeros(2, 3, image_size, image_size, device=device))
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{problem}: {error}") from error
-    fits = logits.ndim == features.ndim == 2 and len(logits) == len(features) == 2 and features.shape[1] > 1
-    if not fits:
+    if logits.ndim != 2 or features.ndim != 2 or len(logits) != 2 or len(features) != 2 or features.shape[1] < 2:
         raise DataError(problem)
     return classifier
 
@@ -414,7 +406,7 @@ def measure(nets, data, z, augmentation, p, classifier, count):
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
     x_rec = torch.cat([reconstruct(nets, part) for part in x.split(100)])
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # uint8 has no mean()
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
     u = torch.rand(len(data.heldout), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
     results = {"sample_diversity": sample_diversity(nets["G"](z), x[: len(z)])}
     results["heldout_l1"] = F.l1_loss(x_rec, x).item()
@@ -461,9 +453,9 @@ def parse_args(argv):
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
     add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: NOAUG; l1 only measures it")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
-    add("--classifier", default="none", help="none, inception or a TorchScript file, as tests/make_classifier.py makes")
+    add("--classifier", default="none", help="none, inception, or a file of tests/make_classifier.py")
     add("--samples", type=int, default=10_000, help="how many samples to judge, and at most how many real images")
-    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
+    add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")

@@ -79,7 +79,7 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
 }
 IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # side of the images: n, the width of their networks
 BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R = log2(S) - 2
-EAGER_STEPS = 3  # steps before a CUDA graph is recorded: in them libraries choose algorithms, Adam makes its moments
+EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options of at least 1
 WEIGHTS = ("lr", "alpha", "beta", "gamma", "eta")  # options of at least 0
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
@@ -247,7 +247,7 @@ def build_optimizer(nets, lr):
 
 
 def make_inputs(images, latent_dim):
-    """x: the images (uint8 [N, 3, S, S]) in [-1, 1]; z_g and epsilon ~ N(0, I): [N, Z]."""
+    """uint8 images [N, 3, S, S] -> x: the same in [-1, 1]; z_g and epsilon ~ N(0, I): [N, Z]."""
     z_g, epsilon = torch.randn(2, len(images), latent_dim, device=images.device)  # unpacked: two of [N, Z]
     return to_float(images), z_g, epsilon
 
@@ -277,7 +277,7 @@ def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
 
 def record(step, inputs):
     """Record step(*inputs) as a CUDA graph, without executing it. Returns a function that executes it with new inputs.
-    That returns the same tensors at each call, with new values, so read these before the next one."""
+    Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -345,7 +345,7 @@ def save_figures(nets, data, z, out, step):
 
 
 def sample_diversity(samples, images):
-    """Mean distance of samples over that of images, both [N, 3, S, S]: 0 in total collapse."""
+    """Mean distance of two samples, divided by that of two images, both [N, 3, S, S]: 0 in total collapse."""
     return (torch.pdist(samples.flatten(1)).mean() / torch.pdist(images.flatten(1)).mean()).item()
 
 
@@ -458,7 +458,7 @@ def parse_args(argv):
     files = "none, inception, or a TorchScript file: images to (logits, features). tests/make_classifier.py makes one"
     add("--classifier", default="none", help=files)
     add("--samples", type=int, default=50_000, help="images in the Inception score, at most as many as to train on")
-    add("--data", default="faces", help="folder of images, searched recursively, or faces (drawn), cifar10, mnist")
+    add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
