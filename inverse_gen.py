@@ -221,7 +221,7 @@ def build_optimizer(nets, lr):
 
 
 def make_inputs(images, latent_dim):
-    """x: the images (uint8 [N, 3, S, S]) in [0, 1]; z ~ U(-1, 1): [N, Z]."""
+    """uint8 images [N, 3, S, S] -> x: the same in [0, 1]; z ~ U(-1, 1): [N, Z]."""
     return to_unit(images), torch.rand(len(images), latent_dim, device=images.device) * 2 - 1
 
 
@@ -551,9 +551,7 @@ def parse_args(argv):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
-            fail(
-                f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume and --query"
-            )
+            fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume, --query")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
