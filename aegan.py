@@ -53,7 +53,7 @@ from common import DataError, draw_images, load_data, place_images, save_grid, t
 
 NAME = "aegan"
 MODELS = {"aegan": ("G", "E", "D_x", "D_z"), "gan": ("G", "D_x"), "aae": ("G", "E", "D_z")}  # Section 4
-IMAGE_SIZES = {16: 2, 32: 3, 64: 4, 128: 5, 256: 6}  # and how often each is halved to reach 4x4
+IMAGE_SIZES = {16: 2, 32: 3, 64: 4, 128: 5, 256: 6}  # side of the images: how often it is halved to reach 4x4
 REAL, FAKE = 0.95, 0.05  # the discriminators' labels
 LEAK = 0.02  # slope of the discriminators' leaky ReLU
 INPUT_NOISE = 0.01  # deviation of the noise added to the inputs of E, D_x and D_z
@@ -270,7 +270,7 @@ def train_step(nets, optimizer, model, weights, x, z):
     """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[model](nets, x, z, weights)
     optimizer.zero_grad()
-    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
+    # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
     if "D_x" in nets:
         losses["L_D_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # Eq. 2, 3
     if "D_z" in nets:
@@ -469,7 +469,7 @@ def main(argv=None):
     for step in range(begin + 1, args.steps + 1):
         inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim, not args.no_flip)
         if args.graph and step == begin + EAGER_STEPS + 1:
-            step_function = record(step_function, inputs)
+            step_function = record(step_function, inputs)  # executed below, like any step
         losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
         if not (save_due or step % args.log_every == 0 or step == 1):

@@ -318,7 +318,7 @@ def train_step(nets, optimizer, H, weights, unroll, x, z):
     """One update of every network, with gradients taken before any moves. Returns the losses: see bigan_losses."""
     losses = bigan_losses(nets, optimizer, H, weights, unroll, x, z)
     optimizer.zero_grad()
-    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
+    # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
     losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)  # Eq. 3
     losses["L_G_E"].backward(inputs=trainable(optimizer, nets["G"], nets["E"]))  # Eq. 8
     optimizer.step()
@@ -529,7 +529,7 @@ def main(argv=None):
     for step in range(begin + 1, args.steps + 1):
         inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim)
         if args.graph and step == begin + EAGER_STEPS + 1:
-            step_function = record(step_function, inputs)
+            step_function = record(step_function, inputs)  # executed below, like any step
         losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
         if not (save_due or step % args.log_every == 0 or step == 1):

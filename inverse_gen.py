@@ -8,7 +8,7 @@ https://arxiv.org/abs/1703.10094
 First a DCGAN is trained, then its generator G is frozen and made the decoder of an autoencoder, whose encoder, the
 inverse generator IG, learns to invert it. Only generated images x = G(z) are used, and IG minimises the difference of
 the images x and G(IG(x)), not that of the noise z and IG(x): where G maps several z to one image, any of them will do.
-The codes IG(x) of real images say what they show: the nearest code finds a similar image.
+The code IG(x) of a real image says what the image shows: the nearest code finds a similar image.
 
     python inverse_gen.py --quick                            # cartoon faces within three minutes on two CPU cores
     python inverse_gen.py --data photos/ --out runs/photos   # the paper's set-up on a folder of images
@@ -23,25 +23,24 @@ paper -> code
     Eq. 4        the DCGAN                            gan_losses; discriminator_loss, generator_loss
     Eq. 5, 7     cross-entropy V(x)                   cross_entropy
     Algorithm 1  the paper's AEGAN, Eq. 6 to 8        aegan_losses, train_step (not the AEGAN of aegan.py)
-    Figure 2     reconstructed samples; Table 1       save_figures; measure_inversion: dhash_similarity
-    Figures 3, 4 search with changed, other images    change_images, save_found; measure_search: search_top1_...
-    Section 4.2  what is compared; Table 2            dhash, phash, colour_histogram, distances; label_agreement
-    Figure 5     blurred images restored              save_figures; measure_inversion: deblur_l1_after
+    Figure 2     reconstructed samples                save_figures
+    Table 1      similarity of samples and these      measure_inversion (dhash_similarity), dhash
+    Figures 3, 4 search with changed, with new images change_images, save_found; measure_search (search_top1_...)
+    Table 2      labels in which found images agree   measure_search, label_agreement
+    Figure 5     blurred images restored              save_figures; measure_inversion (deblur_l1_after)
 
 Rulings, where the paper is silent or contradicts itself
-    - "Equation (4)" in Algorithm 1 means Eq. 5; its IG(G(x)) is IG(G(z)).
     - Table 3 is of 64x64 images. 16x16 and 32x32 leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - The steps are not said: 50,000 for each of the two stages. The BiGAN and search have one stage.
-    - Eq. 3 has labels, Section 4.1 has none: we use none. Eq. 3 and 5 are means over dimensions or pixels.
-    - Eq. 8 prints a plain gradient step, the Appendix has Adam: Adam.
+    - It says no number of steps. We take 50,000 for each of the two stages; the BiGAN and search have one.
+    - Eq. 3 has labels, Section 4.1 has none. We use none. Eq. 3 and 5 are means over dimensions or pixels.
+    - Eq. 8 prints a plain gradient step, the Appendix has Adam. We use Adam.
     - Eq. 2 has no start, rate or end. We start from z = 0 and keep z in [-1, 1]; --search-rate, --search-steps.
-    - Not said either: dHash has 9x8 grey pixels, pHash 32x32, the colour histogram 8x8x8 bins, blur 1/16 of the side.
-    - Tables 1 and 2 and Figure 3's search are scored on up to 256 images, with gradient search on 64.
+    - It gives no sizes. Ours: dHash has 9x8 grey pixels, pHash 32x32, the histogram 8x8x8 bins, blur 1/16 of the side.
 Departures
     - G minimises -log D(G(z)), as DCGAN does. G and IG of the BiGAN have labels swapped, as in BiGAN's code.
-    - D and G step at once; in DCGAN D is first. D(x) and D(G(z)) are normalised each by its own batch, as there.
-    - The two kinds of pairs of the BiGAN are normalised by one batch, because samples collapsed with two.
+    - D and G step at once; in DCGAN D is first. As in DCGAN, D(x) and D(G(z)) are batch-normalised separately.
+    - The two kinds of pairs of the BiGAN go through D in one batch, since with two batches samples collapsed.
 """
 
 import json
@@ -63,7 +62,7 @@ from common import DataError, draw_images, load_data, place_images, read_image, 
 NAME = "inverse_gen"
 METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
 COLUMNS = ("L_D", "L_G", "L_IG")  # of log.csv
-IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # and how often each is halved to reach 4x4
+IMAGE_SIZES = {16: 2, 32: 3, 64: 4}  # side of the images: how often it is halved to reach 4x4
 LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # 0.5 is the Appendix's
 INITIAL_STD = 0.02  # of weights, DCGAN's
@@ -79,7 +78,7 @@ QUICK = dict(image_size=16, channels=32, latent_dim=32, gan_steps=2500, steps=40
 
 
 def conv_widths(image_size, channels):
-    """Channels from the image to 4x4, in D and IG, and backwards in G: f, 2f, 4f, 8f where S = 64."""
+    """Channels of the layers from the image to 4x4, in D and IG; G has them in reverse. S = 64: f, 2f, 4f, 8f."""
     return [channels * 2**i for i in range(IMAGE_SIZES[image_size])]
 
 
@@ -99,7 +98,9 @@ class Generator(nn.Sequential):
         widths = conv_widths(image_size, channels)[::-1]
         layers = [nn.Linear(latent_dim, widths[0] * 4 * 4, bias=False), nn.Unflatten(1, (widths[0], 4, 4))]
         for c_in, c_out in zip(widths, [*widths[1:], 3]):
-            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 5, 2, 2, 1, bias=c_out == 3)]
+            last = c_out == 3  # which no batch norm follows, so that it has a bias
+            up = nn.ConvTranspose2d(c_in, c_out, 5, 2, 2, output_padding=1, bias=last)
+            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), up]
         super().__init__(*layers)
 
 
@@ -161,8 +162,8 @@ def generate(G, z):
 
 
 def discriminator_loss(d_real, d_fake):
-    """Eq. 4 and Eq. 1 as D minimises them: -E[log D(real)] - E[log(1 - D(fake))]. d_real, d_fake: D's logits [N, 1], of
-    x and G(z), or of (x, IG(x)) and (G(z), z)."""
+    """Eq. 4 and Eq. 1 as D minimises them: -E[log D(real)] - E[log(1 - D(fake))]. d_real, d_fake: D's logits [N, 1];
+    DCGAN: of x and G(z); BiGAN: of (x, IG(x)) and (G(z), z)."""
     return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
 
 
@@ -205,7 +206,7 @@ def bigan_losses(nets, x, z):
     images = torch.cat([x, generate(nets["G"], z)])
     latents = torch.cat([nets["IG"](x), z])
     d_real, d_fake = nets["D"](images, latents).split([len(x), len(z)])  # of (x, IG(x)) and (G(z), z)
-    swapped = discriminator_loss(d_real=d_fake, d_fake=d_real)  # G and IG want the opposite labels
+    swapped = discriminator_loss(d_real=d_fake, d_fake=d_real)  # G and IG want D's answers swapped
     return {"L_D": discriminator_loss(d_real, d_fake), "L_G": swapped}
 
 
@@ -216,7 +217,7 @@ LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bi
 
 
 def build_optimizer(nets, lr):
-    """One Adam for all networks; those without a gradient in a step stay as they are. capturable: for --graph."""
+    """One Adam for all networks. It leaves those that a step gives no gradient. capturable: for --graph."""
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
@@ -240,14 +241,14 @@ def trainable(optimizer, *networks):
 
 
 def train_step(nets, optimizer, stage, x, z):
-    """One update of what the stage, gan, aegan, direct or bigan, trains, with gradients taken before any network moves.
-    Sets the networks' modes. Returns the losses: see LOSSES."""
+    """One update of the networks that the stage (gan, aegan, direct or bigan) trains, with gradients taken before any
+    network moves. Sets the networks' modes. Returns the losses: see LOSSES."""
     with_gan = stage in ("gan", "bigan")
     nets.train()
     nets["G"].train(with_gan)  # else G is frozen: in evaluation mode, and not among the inputs below
     losses = LOSSES[stage](nets, x, z)
-    optimizer.zero_grad()  # to None, and Adam leaves what has no gradient
-    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
+    optimizer.zero_grad()  # sets them to None: Adam leaves such networks as they are
+    # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
     if with_gan:
         losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)
         generators = [nets["G"], nets["IG"]] if stage == "bigan" else [nets["G"]]
@@ -346,7 +347,7 @@ def distances(queries, gallery):
 
 
 def nearest(distance):
-    """1 at the nearest gallery image of each query, 1/k at each of k that are as near, 0 elsewhere: [Q, M]."""
+    """For each query 1 at the nearest gallery image, or 1/k at each of k tied ones, else 0: [Q, M]."""
     is_nearest = (distance == distance.min(1, keepdim=True).values).double()
     return is_nearest / is_nearest.sum(1, keepdim=True)
 
@@ -358,16 +359,16 @@ def label_agreement(distance, query_labels, gallery_labels):
 
 
 def blur(x):
-    """Gaussian blur, for Figure 5 and our addition to 3, of sigma 1/16 of the side: [N, 3, S, S] -> [N, 3, S, S]."""
+    """Gaussian blur, sigma 1/16 of the side, for Figure 5 and, our addition, Figure 3: [N, 3, S, S] -> [N, 3, S, S]."""
     sigma = x.shape[-1] / 16
     return transforms.gaussian_blur(x, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)
 
 
 def wear_sunglasses(x):
     """Black glasses at the eyes of a centred face (CelebA's or common.py's): [N, 3, S, S] -> [N, 3, S, S]."""
-    place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]  # of the pixels, as a fraction of the side
-    down = place[:, None] - 0.52  # from the eyes
-    across = (place - 0.5).abs()  # from the nose
+    place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]  # of each pixel, from 0 to 1
+    down = place[:, None] - 0.52  # how far below the eyes
+    across = (place - 0.5).abs()  # how far from the nose, to either side
     glass = ((across - 0.11) / 0.095) ** 2 + (down / 0.075) ** 2 < 1  # an ellipse on each side
     bridge = (down.abs() < 0.02) & (across < 0.11)
     return torch.where(glass | bridge, 0.05, x)
@@ -391,8 +392,8 @@ def to_signed(x):
 
 @torch.no_grad()
 def save_figures(nets, invert, data, z, out, step):
-    """Saves samples_<step>.png of 100 of the latents z [N, Z]. With invert also reconstructions_<step>.png, pairs of x
-    and G(IG(x)) of 40 held-out images, and Figures 2 and 5, of samples."""
+    """Saves samples_<step>.png, from the first 100 latents z [N, Z]. With invert also reconstructions_<step>.png, pairs
+    of x and G(IG(x)) for 40 held-out images x, and Figures 2 and 5, of samples."""
     modes = [(module, module.training) for module in nets.modules()]
     nets.eval()
     samples = generate(nets["G"], z[:100])
@@ -413,8 +414,8 @@ def save_figures(nets, invert, data, z, out, step):
 
 @torch.no_grad()
 def save_found(out, descriptors, data, described):
-    """Saves Figure 3, of the gallery's first four images, a row for each change, and Figure 4, of up to 64 held-out
-    images, each beside what codes, dHash, pHash and colours find. Arguments as in measure_search."""
+    """Saves queries, each beside what codes, dHash, pHash and colours find: Figure 3, with the gallery's first four
+    images, a row for each change, and Figure 4, with up to 64 held-out images. Arguments as in measure_search."""
     codes = described["codes"]
     gallery = data.train[: len(codes)]
     four = to_unit(gallery[:4].to(codes.device))
@@ -425,7 +426,7 @@ def save_found(out, descriptors, data, described):
         found = distances(describe(queries, descriptors), described)
         best = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]  # [Q] each
         shown = [queries.cpu(), *(to_unit(gallery[rows]) for rows in best)]
-        save_grid(out / file, *map(to_signed, shown), columns=len(four), captions=captions)
+        save_grid(out / file, *map(to_signed, shown), columns=len(four), captions=captions)  # so many queries a row
 
 
 def sample_diversity(samples, images):
@@ -444,7 +445,7 @@ def measure_inversion(nets, invert, data, z, count):
     restored = generate(nets["G"], invert(blur(samples)))
     return {
         "dhash_similarity": (dhash(samples) == dhash(again)).float().mean().item(),  # the share of equal bits
-        "dhash_similarity_of_unlike": (dhash(x) == dhash(x.roll(1, dims=0))).float().mean().item(),  # of other images
+        "dhash_similarity_of_unlike": (dhash(x) == dhash(x.roll(1, dims=0))).float().mean().item(),  # chance
         "deblur_l1_before": F.l1_loss(to_signed(blur(samples)), to_signed(samples)).item(),
         "deblur_l1_after": F.l1_loss(to_signed(restored), to_signed(samples)).item(),
         "sample_diversity": sample_diversity(samples, x[: len(z)]),
@@ -461,7 +462,7 @@ def measure_search(descriptors, data, described, count):
     results = {}
     if data.attributes:
         found = distances(describe(to_unit(data.heldout[:count].to(codes.device)), descriptors), described)
-        found["any_image"] = torch.zeros_like(found["codes"])  # chance: all are as near
+        found["any_image"] = torch.zeros_like(found["codes"])  # chance: all are tied
         labels = data.heldout_labels[:count].to(codes.device), data.train_labels[: len(codes)].to(codes.device)
         for name, distance in found.items():
             results[f"label_agreement_{name}"] = label_agreement(distance, *labels)
@@ -475,17 +476,17 @@ def measure_search(descriptors, data, described, count):
 
 
 def measure(nets, invert, untrained, data, z, out, gallery):
-    """All figures of merit, of images of z [256, Z] and held-out images; saves Figures 3 and 4, too. untrained: an IG
-    to compare with. gallery: how many of the images to train on are searched."""
-    images, queries = (1000, 256) if "IG" in nets else (64, 64)  # how many are measured: gradient search is slow
+    """All figures of merit, on images G(z), z [256, Z], and on held-out images. Saves Figures 3 and 4. untrained: an
+    IG to compare with. gallery: how many of the images to train on are searched."""
+    heldout_count, query_count = (1000, 256) if "IG" in nets else (64, 64)  # gradient search is slow
     modes = [(module, module.training) for module in nets.modules()]
     nets.eval()
     descriptors = {"codes": invert, "dhash": dhash, "phash": phash, "colour_histogram": colour_histogram}
     descriptors |= {"pixels": nn.Flatten(), "untrained": untrained.eval()}  # controls
     described = describe(to_unit(data.train[:gallery].to(z.device)), descriptors)
     save_found(out, descriptors, data, described)
-    results = measure_inversion(nets, invert, data, z[:queries], images)
-    results |= measure_search(descriptors, data, described, queries)
+    results = measure_inversion(nets, invert, data, z[:query_count], heldout_count)
+    results |= measure_search(descriptors, data, described, query_count)
     for module, training in modes:
         module.training = training
     return results
@@ -493,8 +494,8 @@ def measure(nets, invert, untrained, data, z, out, gallery):
 
 @torch.no_grad()
 def save_query(path, nets, invert, x, data, gallery, device):
-    """--query: print which nine of the first images to train on, gallery of them, have the codes nearest to that of x,
-    uint8 [3, S, S], and save them as a picture. The networks are left in evaluation mode."""
+    """--query: print and save as a picture those nine of the first `gallery` training images whose codes are nearest to
+    that of x, uint8 [3, S, S]. The networks are left in evaluation mode."""
     nets.eval()
     images = data.train[:gallery]
     query = describe(to_unit(x[None].to(device)), {"codes": invert})
@@ -633,7 +634,7 @@ def main(argv=None):
             first_step = step
         inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim)
         if args.graph and step == first_step + EAGER_STEPS:
-            step_function = record(step_function, inputs)
+            step_function = record(step_function, inputs)  # executed below, like any step
         losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
         if not (save_due or step % args.log_every == 0 or step == 1):
@@ -658,7 +659,7 @@ def main(argv=None):
             torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    if begin == args.steps or args.method == "search":  # nothing was trained, or nothing inverted, so far
+    if begin == args.steps or args.method == "search":  # no pictures so far, or none of inversion
         save_figures(nets, invert, data, z_shown, out, args.steps)
     untrained = build_networks("aegan", args.image_size, args.channels, args.latent_dim)["IG"].to(device)
     results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)

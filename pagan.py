@@ -6,9 +6,9 @@
 
 https://arxiv.org/abs/1810.04920. This implements the authors' slides of 5 December 2018.
 A generator G maps latents to images, an encoder E images to latents; E(x) is a sample of a Gaussian q(z|x). What makes
-G(E(x)) like x is not a distance of pixels but a discriminator on pairs D(x, y): it tells (x, a(x)), an image and a
-random augmentation of it, from (x, G(E(x))). So G(E(x)) must show what x shows, but it need not be at the same pixels.
-D(x) matches G's samples to the images, and D(z) E's latents to the prior.
+G(E(x)) like x is not a distance of pixels but a discriminator on pairs, D_xx. Its real pairs are (x, a(x)), where a(x)
+is a random augmentation of x, its fake ones (x, G(E(x))). So G(E(x)) must show what x shows, but it need not be at the
+same pixels. D_x matches G's samples to the images. D_z matches E's latents to the prior.
 
     python pagan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python pagan.py --data photos/ --out runs/photos    # a folder of images
@@ -34,14 +34,14 @@ Rulings, where the slides are silent or disagree with themselves
       more for 16x16 and 64x64. G's dense layer has batch norm, too, as in public code of SNGAN (chainer-gan-lib).
     - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
     - They name no settings. We take 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
-    - Three names are not defined. We read: PAGAN-L1 has L1 in place of D_xx; in PAGAN-NOAUG a(x) is x; AUG, a row of
-      the tables, judges a(x) in place of G(E(x)).
+    - Three names are not defined. We read: PAGAN-L1 has L1 in place of D_xx; in PAGAN-NOAUG a(x) is x; the tables' row
+      AUG is the score of a(x) in place of G(E(x)).
     - Crop pads by reflection. The padding is 0.1 of the side (the slides' best by IS and FID), rounded to pixels.
-    - Blur and contrast have no strengths there: BLUR, CONTRAST, below. Which network judges is not said: --classifier.
+    - They give no strengths of blur and contrast: ours are BLUR and CONTRAST, below.
     - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
 Departures
     - The slides' D is in [0, 1]; ours gives logits. Their p(x|z) is a distribution; ours is the point G(z).
-    - L1, and L2 in the results, are means over pixels, not squared norms as printed; PAGAN-L1's has a weight of 10.
+    - L1, and L2 in the results, are means over pixels, not squared norms as printed. PAGAN-L1's L1 has weight 10.
     - The five updates are Adam's, not plain gradient steps. x_pr and x_rec share one batch normalisation in G.
 """
 
@@ -143,9 +143,9 @@ def build_networks(reconstruction, image_size, channels, latent_dim):
 # ----------------------------------------------------------------------------------------------------- augmentations
 
 
-# All take images x, random numbers u [N, 2] and p; blur and contrast use one of the two, and no p.
+# All take images x, random numbers u [N, 2] and crop's padding p. Blur and contrast use u[:, 0], and no p.
 def crop(x, u, p):
-    """Pad + crop: images padded with their reflection by p of their side, and S x S pixels of that from a random place.
+    """Pad + crop: pads each side by p * S pixels of reflection, then cuts S x S pixels out at a random place.
     x: [N, 3, S, S]; ValueError if not square. u: [N, 2] in [0, 1), where to cut, down and across. -> [N, 3, S, S]."""
     size = x.shape[-1]
     if x.shape[-2] != size:
@@ -153,9 +153,9 @@ def crop(x, u, p):
     pad = round(p * size)
     offsets = (u * (2 * pad + 1)).long()  # from 0 to twice the padding
     pixels = offsets[:, :, None] + torch.arange(size, device=x.device)  # (N, 2, S): the rows and the columns to keep
-    rows, columns = pixels.view(-1, 2, 1, size).unbind(dim=1)  # (N, 1, S) each
-    rows = rows[:, :, :, None].expand(-1, 3, -1, size + 2 * pad)  # (N, 3, S, S + 2 pad): the whole width at first
-    columns = columns[:, :, None, :].expand(-1, 3, size, -1)  # (N, 3, S, S)
+    rows, columns = pixels.unbind(dim=1)  # (N, S) each
+    rows = rows[:, None, :, None].expand(-1, 3, -1, size + 2 * pad)  # (N, 3, S, S + 2 pad): the whole width at first
+    columns = columns[:, None, None, :].expand(-1, 3, size, -1)  # (N, 3, S, S)
     return F.pad(x, (pad,) * 4, mode="reflect").gather(2, rows).gather(3, columns)
 
 
@@ -173,7 +173,7 @@ def blur(x, u, p=None):
 
 
 def contrast(x, u, p=None):
-    """Contrast: each image's deviation from its mean is scaled by a factor, and clipped. x: [N, 3, S, S], u: [N, 2]."""
+    """Contrast: scales each image's deviation from its mean, then clips the image. x: [N, 3, S, S], u: [N, 2]."""
     mean = x.mean((1, 2, 3), keepdim=True)
     factor = CONTRAST[0] + (CONTRAST[1] - CONTRAST[0]) * u[:, :1, None, None]
     return (mean + factor * (x - mean)).clamp(-1, 1)
@@ -202,9 +202,7 @@ def minus_log_not(d):
 
 def pagan_losses(nets, x, x_aug, z, epsilon):
     """PAGAN, Algorithm 1: images x and x_aug ~ r(y|x) [N, 3, S, S] in [-1, 1], z [M, Z], epsilon [N, Z] ~ N(0, I).
-
-    Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise.
-    """
+    Returns {name: scalar}: L_d_x, L_d_z, L_d_xx, L_g, L_e for D_x, D_z, D_xx, G, E to minimise."""
     # Each network runs once, on all its inputs, for speed; so x_pr and x_rec share G's batch normalisation.
     mean, log_variance = nets["E"](x).chunk(2, dim=1)
     z_hat = reparameterise(mean, log_variance, epsilon)
@@ -268,7 +266,7 @@ def train_step(nets, optimizer, reconstruction, x, x_aug, z, epsilon):
     """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[reconstruction](nets, x, x_aug, z, epsilon)
     optimizer.zero_grad()
-    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
+    # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
     losses["L_d_x"].backward(inputs=trainable(optimizer, nets["D_x"]), retain_graph=True)  # psi
     losses["L_d_z"].backward(inputs=trainable(optimizer, nets["D_z"]), retain_graph=True)  # zeta
     if "D_xx" in nets:
@@ -344,8 +342,8 @@ def inception_score(probabilities, splits=10):
 
 def frechet_inception_distance(features_a, features_b):
     """FID: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of means m and covariances C (Heusel et al. 2017).
-    features: [N, F], [M, F], N, M > 1. The root's trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), a symmetric matrix;
-    its eigenvalues are cut off at 0, below which rounding errors put some where N < F."""
+    features: [N, F], [M, F], N, M > 1. The root's trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), a symmetric matrix.
+    Where N < F, rounding makes some of its eigenvalues negative: these are set to 0."""
     features_a, features_b = features_a.double(), features_b.double()
     cov_a, cov_b = features_a.T.cov(), features_b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
@@ -397,11 +395,9 @@ def judge(classifier, images):
 
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier, count):
-    """Figures of merit of up to 1,000 held-out images and of G(z), z [N, Z], and the table of drawbacks, cropped by p.
-
-    With a classifier also IS, FID and RID, of count samples and up to count held-out images. Beside them controls:
-    training images in place of samples; a(x) (the row AUG) and the mean image in place of G(E(x)).
-    """
+    """Figures of merit of up to 1,000 held-out images and of G(z), z [N, Z]; L1 and L2 of blur and of crop by p.
+    With a classifier also IS, FID and RID, of count samples and up to count held-out images. They are controlled by IS
+    and FID of training images, and by RID of a(x) (the row AUG) and of the mean image in place of G(E(x))."""
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
@@ -451,10 +447,10 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
-    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: NOAUG; l1 only measures it")
+    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: PAGAN-NOAUG (not used to train l1)")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
     add("--classifier", default="none", help="none, inception, or a file of tests/make_classifier.py")
-    add("--samples", type=int, default=10_000, help="how many samples to judge, and at most how many real images")
+    add("--samples", type=int, default=10_000, help="samples in IS, FID and RID, and real images at most")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -489,7 +485,7 @@ def parse_args(argv):
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
-        fail(f"--crop {args.crop}: must be 0, or from more than half a pixel to half of the side")
+        fail(f"--crop {args.crop}: must be 0, or at most 0.5 and more than half a pixel of the side")
     if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
@@ -551,7 +547,7 @@ def main(argv=None):
         drawn = draw_images(images, args.batch_size, device)
         inputs = make_inputs(drawn, args.latent_dim, args.augmentation, args.crop)
         if args.graph and step == begin + EAGER_STEPS + 1:
-            step_function = record(step_function, inputs)
+            step_function = record(step_function, inputs)  # executed below, like any step
         losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
         if not (save_due or step % args.log_every == 0 or step == 1):

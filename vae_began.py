@@ -265,7 +265,7 @@ def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
     """One update of every network, with gradients taken before any network moves, then of k. Returns the losses."""
     losses = LOSSES[model](nets, weights, x, z_g, epsilon)
     optimizer.zero_grad()
-    # backward fills the gradients of its `inputs` alone. So the fakes are made once, and need no detach.
+    # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
     if "E" in nets:
         losses["L_enc"].backward(inputs=trainable(optimizer, nets["E"]), retain_graph=True)  # line 8: theta_e
     losses["L_gen"].backward(inputs=trainable(optimizer, nets["G"]), retain_graph=True)  # line 11: theta_d
@@ -557,7 +557,7 @@ def main(argv=None):
     for step in range(begin + 1, args.steps + 1):
         inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim)
         if args.graph and step == begin + EAGER_STEPS + 1:
-            step_function = record(step_function, inputs)
+            step_function = record(step_function, inputs)  # executed below, like any step
         losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps
         if not (save_due or step % args.log_every == 0 or step == 1):
