@@ -307,7 +307,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 1: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
+    save_grid(path, x_1, *between, x_2, columns=1)  # one group, a walk, in each row
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ Rulings, where the paper is silent or contradicts itself
     - The networks are BEGAN's as in carpedm20/BEGAN-tensorflow. Its n is 128; below 128x128 pixels we use 64.
     - Section 4's three pairs of convolutions are those of 32x32: we use log2(S) - 2, four at 64x64.
     - 16 images a step and Z = 64 are BEGAN's. Adam's betas and initial weights are torch's.
-    - Eq. 9 needs E. BEGAN* + LSM has none: its L_s is the mean |z_d - z_g'| of each x and an x_g unrelated to it.
+    - Eq. 9 needs E. Table 1's BEGAN* + LSM (BEGAN with L_s) has none: we compare D's codes of x and an unrelated x_g.
     - Codes of real images are E's means. Figure 6 is of real images, as in its text; its caption says generated ones.
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
@@ -271,7 +271,7 @@ def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
     losses["L_gen"].backward(inputs=trainable(optimizer, nets["G"]), retain_graph=True)  # line 11: theta_d
     losses["L_dis"].backward(inputs=trainable(optimizer, nets["D"]))  # line 13: theta_e', theta_d'
     optimizer.step()
-    nets["controller"].update(losses["e_t"])  # line 12: after D's step, so that L_dis has k_{t-1}
+    nets["controller"].update(losses["e_t"])  # line 12; L_dis had k_{t-1}
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -305,7 +305,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 6: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
+    save_grid(path, x_1, *between, x_2, columns=1)  # one group, a walk, in each row
 
 
 def attribute_directions(nets, data, device):
@@ -318,11 +318,11 @@ def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 
     """Figure 8: for each of A attributes its name and a row of G(z + strength * direction). z: [N, Z], of any N."""
     directions = attribute_directions(nets, data, z.device).nan_to_num()  # nan where all images have it, or none
     z = z[torch.arange(len(directions)) % len(z)]  # [A, Z]
-    rows = [nets["G"](z + strength * directions) for strength in strengths]
+    tiles = [nets["G"](z + strength * directions) for strength in strengths]  # a column of A images each
     names = [name.replace("_", "\n") for name in data.attributes]  # a word a line, so that it fits in a tile
     captions = [names, *([f"{strength:+g}"] for strength in strengths)]  # strengths: on the first row alone
-    white = torch.ones_like(rows[0])  # a first column of white tiles, for the names
-    save_grid(path, white, *rows, columns=1, captions=captions)
+    white = torch.ones_like(tiles[0])  # a first column of white tiles, for the names
+    save_grid(path, white, *tiles, columns=1, captions=captions)
 
 
 @torch.no_grad()
@@ -360,7 +360,7 @@ def inception_score(probabilities, splits=SPLITS):
 
 
 def load_classifier(name, image_size, device):
-    """What --classifier names: a function of images [N, 3, S, S] in [-1, 1] to (logits [N, C], not used).
+    """What --classifier names: a function of images [N, 3, S, S] in [-1, 1] to a pair: logits [N, C], and anything.
 
     none: None. inception: torchvision's Inception v3, from its cache or fetched by it. Otherwise a TorchScript file.
     DataError if it cannot be had, or does not give such logits.

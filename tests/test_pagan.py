@@ -448,7 +448,8 @@ def test_a_classifier_of_attributes(photos, tmp_path, monkeypatch):
 def test_classifiers_are_loaded_for_evaluation_and_unfit_ones_refused(script, classifier, tmp_path):
     path, device = str(classifier[0]), torch.device("cpu")
     assert not script.load_classifier(path, 16, device).training and script.load_classifier("none", 16, device) is None
-    unfits = [lambda x: x[:, 0], lambda x: x[:, 0, 0], lambda x: (x[:1, 0, 0], x[:1, 0, 0])]
+    planes, rows, one = lambda x: (x[:, 0], x[:, 0]), lambda x: x[:, 0, 0], lambda x: (x[:1, 0, 0], x[:1, 0, 0])
+    unfits = [planes, rows, one, lambda x: x[:, 0]]
     if script is pagan:  # which needs the features, too
         unfits += [lambda x: (x[:, 0, 0], x[:, 0, 0, 0]), lambda x: (x[:, 0, 0], x[:, 0, 0, :1])]
     for unfit in unfits:
