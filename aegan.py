@@ -61,8 +61,8 @@ LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # deviation of their multiplicativ
 INITIAL_STD = 0.02  # of the weights at first, but for G.style's and D_z's, which are Xavier uniform
 BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam; Keras's epsilon
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
-COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
-WEIGHTS = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")  # options of at least 0
+AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options
+AT_LEAST_0 = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
 QUICK = dict(image_size=16, channels=16, steps=1100, save_every=300, lr=5e-4, alpha=0.05, lambda_rz=0.5)
 
@@ -304,10 +304,10 @@ def record(step, inputs):
 
 
 def save_interpolations(path, nets, x_1, x_2, count=8):
-    """Figure 1: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+    """Figure 1: in a row x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one group, a walk, in each row
+    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
 
 
 @torch.no_grad()
@@ -332,7 +332,7 @@ def sample_diversity(samples, images):
 
 
 def edges(x):
-    """The mean difference of neighbouring pixels of images [N, 3, S, S]: less where blurred, more where speckled."""
+    """How much neighbouring pixels of images [N, 3, S, S] differ: less where blurred, more where speckled."""
     return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
 
 
@@ -406,8 +406,8 @@ def parse_args(argv):
     elif args.quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)  # again: what is given wins over these defaults
-    for name in COUNTS + WEIGHTS:
-        least = 1 if name in COUNTS else 0
+    for name in AT_LEAST_1 + AT_LEAST_0:
+        least = 1 if name in AT_LEAST_1 else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if args.out.resolve().is_relative_to(Path(args.data).resolve()):

@@ -9,15 +9,15 @@ https://pdfslide.us/documents/toward-better-reconstruction-of-style-images-with-
 A BiGAN: a generator G from latents to images, an encoder E back, and one discriminator D that tells pairs (x, E(x))
 from pairs (G(z), z). At its optimum G and E are each other's inverse; in practice they are not. So the paper adds a
 penalty on latents, z against E(G(z)). The paper finds that this aids against collapse and gives the best images, where
-penalties on pixels and on AlexNet's features cost sharpness and style. D is unrolled: G and E are trained against what
-K more of its updates would make of it.
+penalties on pixels and on AlexNet's features cost sharpness and style. D is unrolled: G and E are trained against D as
+it would be after K further updates.
 
     python bigan_latent.py --quick                            # cartoon faces within three minutes on two CPU cores
     python bigan_latent.py --data photos/ --out runs/photos   # the paper's EX7 on a folder of images
     python bigan_latent.py --experiment EX8 --out runs/ex8    # another row of Table 1
 
 paper -> code
-    Section 3    the pairs q, (x, z'), and p, (x', z); here x' is x_hat = G(z), z' is z_hat = E(x); x_tilde = G(E(x))
+    Section 3    its pairs q = (x, z') and p = (x', z) are (x, z_hat) and (x_hat, z) here: z_hat = E(x), x_hat = G(z)
     Figures 1-3  the three networks                     Generator, Encoder, Discriminator
     Eq. 1, Eq. 2, Eq. 3: the objective of a BiGAN       discriminator_loss (for D), generator_loss (for G, E)
     Eq. 4, 6     penalties on pixels and on latents     penalty
@@ -33,17 +33,17 @@ paper -> code
     Section 5    mode collapse; who fools D             sample_diversity; measure: d_on_reconstructions, ...
 
 Rulings, where the paper is silent or contradicts itself
-    - Section 3 prints p(x|z) for G and q(z|x) for E, then q(x|z) and p(z|x). We use the former, since p draws z first.
+    - Section 3 prints p(x|z) for G and q(z|x) for E, then q(x|z) and p(z|x). We use p(x|z) for G, q(z|x) for E.
     - Figures 1-3 name kinds of layers, no widths or kernels. We use those of soumith/dcgan.torch, since Section 5 bases
       G on DCGAN. D's dense layers are ours: 8 * --channels = 512 units for z, 128 for x and z, with dropout.
     - Decay 0.97 and dropout 0.8 are in TensorFlow's terms: in torch's, momentum 0.03 and a dropout probability of 0.2.
     - In training D normalises the batches (x, E(x)) and (G(z), z) each by itself.
-    - Pictures and results use running averages. Those of G are moved by G(z), and by G(E(x)) where lambda_2 or lambda_3
-      is not 0, as in EX8, but not in EX7; those of E by E(x), and by E(G(z)) where lambda_1 is not 0.
+    - Pictures and results use batch norm's running averages. G's are updated by G(z), and by G(E(x)) where lambda_2 or
+      lambda_3 is not 0 (EX8, but not EX7); E's by E(x), and by E(G(z)) where lambda_1 is not 0.
     - The pseudo-Huber of Eq. 4, 6 and 7 is that of each coordinate, averaged, since Section 4 wants each dimension of z
       reconstructed. In Eq. 5 it is that of the norm, since H has 9,216 coordinates and length 1.
-    - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from its
-      weights and moments, and have gradients through these steps. The first of them is the one that D takes.
+    - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
+      current weights and moments, and have gradients through these steps. The first one is also D's real step.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
 Departures
     - In Eq. 3 G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). Here they minimise generator_loss, with swapped
@@ -79,7 +79,7 @@ EXPERIMENTS = {  # Table 1; weights of Eq. 6, 4 and 5
     "EX8": {"lambda_1": 2.5, "lambda_2": 1.0, "lambda_3": 0.0},
     "EX9": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 1.0},
 }
-IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # widths down to 4x4, over --channels
+IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # widths down to 4x4, in --channels
 REAL = 0.9  # D's label of real pairs: one-sided label smoothing (Section 5)
 LEAK = 0.2  # slope of the leaky ReLU (Section 5)
 batch_norm = partial(nn.BatchNorm2d, momentum=1 - 0.97)  # (Section 5)
@@ -90,8 +90,8 @@ INITIAL_STD = 0.02  # of weights, DCGAN's
 TINY = 1e-30  # under the root of the unrolled Adam: finite derivatives where a gradient is zero
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that AlexNet takes
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
-COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options of at least 1
-WEIGHTS = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")  # options of at least 0
+AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options
+AT_LEAST_0 = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")
 MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
 QUICK = dict(image_size=16, channels=32, latent_dim=32, steps=1700, unroll=1, lr=5e-4, save_every=500)
 
@@ -223,10 +223,8 @@ def feature_penalty(h_tilde, h):
 
 def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
     """One forward pass: images x [N, 3, S, S] in [-1, 1], latents z [M, Z] in [-1, 1] -> {name: scalar}.
-
-    D minimises L_D, G and E minimise L_G_E; the others are its terms. weights: {"lambda_1": number, ...}; a penalty of
-    weight 0 is not computed: 0 stands for it. H: None if lambda_3 is 0. optimizer, unroll: see unrolled_logits.
-    """
+    D minimises L_D, G and E minimise L_G_E; the others are terms of L_G_E. weights: {"lambda_1": number, ...}; where
+    one is 0, its penalty is not computed and 0. H: None if lambda_3 is 0. optimizer, unroll: see unrolled_logits."""
     G, E, D = nets["G"], nets["E"], nets["D"]
     x_hat, z_hat = G(z), E(x)
     q, p = (x, z_hat), (x_hat, z)
@@ -253,9 +251,9 @@ def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
     if unroll == 0:
         return d_q, d_p
     group = adam_group(D, optimizer)
-    names, theta = zip(*D.named_parameters())  # theta: D's weights, below those after each step
+    names, theta = zip(*D.named_parameters())  # theta: D's weights; in the loop those after each step
     buffers = {name: buffer.clone() for name, buffer in D.named_buffers()}  # batch norm writes to these, not to D's
-    zero = torch.zeros((), device=d_q.device)  # moments and number of steps of an optimizer that has made none
+    zero = torch.zeros((), device=d_q.device)  # first moments and step number, if D has made no step yet
     states = [optimizer.state.get(parameter, {}) for parameter in theta]
     m = [state.get("exp_avg", zero) for state in states]
     v = [state.get("exp_avg_sq", zero) for state in states]
@@ -266,14 +264,14 @@ def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
         updated = [adam_step(w, g, m_w, v_w, t, group) for w, g, m_w, v_w in zip(theta, gradients, m, v)]
         theta, m, v = zip(*updated)
         later = {**dict(zip(names, theta)), **buffers}
-        d_q, d_p = torch.func.functional_call(D, later, q), torch.func.functional_call(D, later, p)
+        d_q, d_p = (torch.func.functional_call(D, later, pair) for pair in (q, p))  # D(*pair) with these weights
     return d_q, d_p
 
 
 def adam_group(D, optimizer):
     """The optimizer's group that has D. ValueError if its steps are not adam_step's, or cannot be differentiated."""
     parameters = {id(p) for p in D.parameters()}
-    groups = [group for group in optimizer.param_groups if parameters <= {id(p) for p in group["params"]}]
+    groups = [group for group in optimizer.param_groups if parameters.issubset(map(id, group["params"]))]
     differentiable = torch.is_grad_enabled() and all(p.requires_grad for p in D.parameters())
     if type(optimizer) is not torch.optim.Adam or not groups or not differentiable:
         raise ValueError("unrolling needs a torch.optim.Adam with all of D in one group, none frozen, and gradients on")
@@ -287,8 +285,9 @@ def adam_step(theta, gradient, m, v, t, group):
     beta_1, beta_2 = group["betas"]
     m = beta_1 * m + (1 - beta_1) * gradient
     v = beta_2 * v + (1 - beta_2) * gradient**2
-    m_hat = m / -torch.expm1(t * math.log(beta_1))  # m / (1 - beta_1^t): expm1 keeps the digits that ...
-    v_hat = v / -torch.expm1(t * math.log(beta_2))  # ... float32 would lose of 1 - beta_2^t, which is near 0
+    # -expm1(t log beta) is 1 - beta^t, which is near 0, with digits that float32 would lose.
+    m_hat = m / -torch.expm1(t * math.log(beta_1))
+    v_hat = v / -torch.expm1(t * math.log(beta_2))
     return theta - group["lr"] * m_hat / ((v_hat + TINY).sqrt() + group["eps"]), m, v
 
 
@@ -350,10 +349,10 @@ def percents(D, x, z):
 
 
 def save_interpolations(path, nets, x_1, x_2, count=8):
-    """Walks: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+    """Walks: in a row x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one group, a walk, in each row
+    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
 
 
 @torch.no_grad()
@@ -366,7 +365,7 @@ def save_figures(nets, data, z, out, step):
     x = to_float(data.heldout[:10]).to(z.device)
     x_hat, z_hat = nets["G"](z), nets["E"](x)
     x_tilde = nets["G"](z_hat)
-    save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])
+    save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])  # a list for each batch
     texts = [percents(nets["D"], x, z_hat), percents(nets["D"], x_tilde, z_hat)]  # both with the code of x
     save_grid(out / f"reconstructions_{step}.png", x, x_tilde, columns=5, captions=texts)
     pairs = len(x) // 2
@@ -380,7 +379,7 @@ def sample_diversity(samples, images):
 
 
 def edges(x):
-    """The mean difference of neighbouring pixels of images [N, 3, S, S]: less where blurred, more where speckled."""
+    """How much neighbouring pixels of images [N, 3, S, S] differ: less where blurred, more where speckled."""
     return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
 
 
@@ -465,8 +464,8 @@ def parse_args(argv):
     elif args.quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)  # again: what is given wins over these defaults
-    for name in COUNTS + WEIGHTS:
-        least = 1 if name in COUNTS else 0
+    for name in AT_LEAST_1 + AT_LEAST_0:
+        least = 1 if name in AT_LEAST_1 else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if args.out.resolve().is_relative_to(Path(args.data).resolve()):

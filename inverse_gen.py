@@ -67,9 +67,9 @@ LEAK = 0.2  # slope of the leaky ReLU, DCGAN's
 BETAS = (0.5, 0.999)  # 0.5 is the Appendix's
 INITIAL_STD = 0.02  # of weights, DCGAN's
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
-COUNTS = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # at least 1
-COUNTS += ("log_every", "save_every")
-WEIGHTS = ("lr", "search_rate")  # at least 0
+AT_LEAST_1 = ("steps", "gan_steps", "search_steps", "gallery", "batch_size", "latent_dim", "channels")  # options
+AT_LEAST_1 += ("log_every", "save_every")
+AT_LEAST_0 = ("lr", "search_rate")
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "search_steps", "search_rate", "gallery")  # with --resume
 QUICK = dict(image_size=16, channels=32, latent_dim=32, gan_steps=2500, steps=4000, gallery=2000, save_every=1000)
 
@@ -560,8 +560,8 @@ def parse_args(argv):
         if args.method == "search":
             parser.set_defaults(gallery=250, search_steps=50)  # each image takes long
     args = parser.parse_args(argv)  # again: what is given wins over these defaults
-    for name in COUNTS + WEIGHTS:
-        least = 1 if name in COUNTS else 0
+    for name in AT_LEAST_1 + AT_LEAST_0:
+        least = 1 if name in AT_LEAST_1 else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     two_stages = args.method in ("aegan", "direct")

@@ -72,8 +72,8 @@ L1_WEIGHT = 10.0  # of the L1 loss of PAGAN-L1
 BLUR = (1 / 64, 3 / 64)  # least and greatest standard deviation, as a fraction of the image's side
 CONTRAST = (0.5, 1.5)  # least and greatest factor
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
-COUNTS = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # at least 1
-WEIGHTS = ("lr", "crop")  # at least 0
+AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # options
+AT_LEAST_0 = ("lr", "crop")
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
 QUICK = dict(image_size=16, channels=16, latent_dim=64, batch_size=16, crop=0.06, steps=2200, lr=3e-4, save_every=1000)
 
@@ -480,8 +480,8 @@ def parse_args(argv):
     elif args.quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)  # again: what is given wins over these defaults
-    for name in COUNTS + WEIGHTS:
-        least = 1 if name in COUNTS else 0
+    for name in AT_LEAST_1 + AT_LEAST_0:
+        least = 1 if name in AT_LEAST_1 else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:

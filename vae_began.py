@@ -80,8 +80,8 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
 IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # side of the images: n, the width of their networks
 BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R = log2(S) - 2
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
-COUNTS = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options of at least 1
-WEIGHTS = ("lr", "alpha", "beta", "gamma", "eta")  # options of at least 0
+AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options
+AT_LEAST_0 = ("lr", "alpha", "beta", "gamma", "eta")
 MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
 SPLITS = 10  # parts of the images, each with an Inception score of its own
 QUICK = dict(image_size=16, filters=16, steps=1400, lr=1e-3, gamma=5.0, save_every=500)
@@ -302,10 +302,10 @@ def encode(nets, x):
 
 
 def save_interpolations(path, nets, x_1, x_2, count=8):
-    """Figure 6: rows of x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+    """Figure 6: in a row x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one group, a walk, in each row
+    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
 
 
 def attribute_directions(nets, data, device):
@@ -489,8 +489,8 @@ def parse_args(argv):
         if args.quick:
             parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)  # again: what is given wins over these defaults
-    for name in COUNTS + WEIGHTS:
-        least = 1 if name in COUNTS else 0
+    for name in AT_LEAST_1 + AT_LEAST_0:
+        least = 1 if name in AT_LEAST_1 else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
     if args.samples < SPLITS:
