@@ -24,15 +24,15 @@ paper -> code
     Eq. 5, 7     cross-entropy V(x)                   cross_entropy
     Algorithm 1  the paper's AEGAN, Eq. 6 to 8        aegan_losses, train_step (not the AEGAN of aegan.py)
     Figure 2     reconstructed samples                save_figures
-    Table 1      similarity of samples and these      measure_inversion (dhash_similarity), dhash
-    Figures 3, 4 search with changed, with new images change_images, save_found; measure_search (search_top1_...)
+    Table 1      samples and their reconstructions    measure_inversion (dhash_similarity), dhash
+    Figures 3, 4 search by changed and by new images  change_images, save_found; measure_search (search_top1_...)
     Table 2      labels in which found images agree   measure_search, label_agreement
     Figure 5     blurred images restored              save_figures; measure_inversion (deblur_l1_after)
 
 Rulings, where the paper is silent or contradicts itself
     - Table 3 is of 64x64 images. 16x16 and 32x32 leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - It says no number of steps. We take 50,000 for each of the two stages; the BiGAN and search have one.
+    - It says no number of steps. We take 50,000 for each of the two stages; the BiGAN and search have one, of 100,000.
     - Eq. 3 has labels, Section 4.1 has none. We use none. Eq. 3 and 5 are means over dimensions or pixels.
     - Eq. 8 prints a plain gradient step, the Appendix has Adam. We use Adam.
     - Eq. 2 has no start, rate or end. We start from z = 0 and keep z in [-1, 1]; --search-rate, --search-steps.
@@ -97,11 +97,9 @@ class Generator(nn.Sequential):
     def __init__(self, image_size, channels, latent_dim):
         widths = conv_widths(image_size, channels)[::-1]
         layers = [nn.Linear(latent_dim, widths[0] * 4 * 4, bias=False), nn.Unflatten(1, (widths[0], 4, 4))]
-        for c_in, c_out in zip(widths, [*widths[1:], 3]):
-            last = c_out == 3  # which no batch norm follows, so that it has a bias
-            up = nn.ConvTranspose2d(c_in, c_out, 5, 2, 2, output_padding=1, bias=last)
-            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), up]
-        super().__init__(*layers)
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 5, 2, 2, 1, bias=False)]
+        super().__init__(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.ConvTranspose2d(channels, 3, 5, 2, 2, 1))
 
 
 class Discriminator(nn.Sequential):
@@ -168,7 +166,7 @@ def discriminator_loss(d_real, d_fake):
 
 
 def generator_loss(d_fake):
-    """Eq. 4 as G minimises it: -E[log D(G(z))]. d_fake: D's logits [N, 1]."""
+    """In place of Eq. 4's E[log(1 - D(G(z)))], for G to minimise: -E[log D(G(z))]. d_fake: D's logits [N, 1]."""
     return F.softplus(-d_fake).mean()
 
 
@@ -217,7 +215,7 @@ LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bi
 
 
 def build_optimizer(nets, lr):
-    """One Adam for all networks. It leaves those that a step gives no gradient. capturable: for --graph."""
+    """One Adam for all networks. It does not move those that got no gradient. capturable: for --graph."""
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
@@ -285,10 +283,10 @@ def record(step, inputs):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-@torch.enable_grad()  # its callers need no gradients
+@torch.enable_grad()  # its callers have turned gradients off
 def search_codes(G, steps, rate, x):
-    """Eq. 2: z - alpha grad_z of the cross-entropy of x and G(z), steps times from z = 0: [N, 3, S, S] -> [N, Z]. G: in
-    evaluation mode. rate: alpha, for the mean over the pixels of an image."""
+    """Eq. 2: from z = 0, repeats z <- z - alpha grad_z cross_entropy(G(z), x): x [N, 3, S, S] -> z [N, Z]. G: in
+    evaluation mode. steps: how often. rate: alpha, for the mean over the pixels of an image."""
     z = torch.zeros(len(x), G[0].in_features, dtype=x.dtype, device=x.device)
     for _ in range(steps):
         z.requires_grad_()
@@ -414,8 +412,8 @@ def save_figures(nets, invert, data, z, out, step):
 
 @torch.no_grad()
 def save_found(out, descriptors, data, described):
-    """Saves queries, each beside what codes, dHash, pHash and colours find: Figure 3, with the gallery's first four
-    images, a row for each change, and Figure 4, with up to 64 held-out images. Arguments as in measure_search."""
+    """Saves queries, each beside what codes, dHash, pHash and colours find. Those of Figure 3 are the gallery's first
+    four images, changed, one row a change; those of Figure 4 up to 64 held-out ones. Arguments: measure_search."""
     codes = described["codes"]
     gallery = data.train[: len(codes)]
     four = to_unit(gallery[:4].to(codes.device))
@@ -476,7 +474,7 @@ def measure_search(descriptors, data, described, count):
 
 
 def measure(nets, invert, untrained, data, z, out, gallery):
-    """All figures of merit, on images G(z), z [256, Z], and on held-out images. Saves Figures 3 and 4. untrained: an
+    """All figures of merit, on images G(z), z [N, Z], and on held-out images. Saves Figures 3 and 4. untrained: an
     IG to compare with. gallery: how many of the images to train on are searched."""
     heldout_count, query_count = (1000, 256) if "IG" in nets else (64, 64)  # gradient search is slow
     modes = [(module, module.training) for module in nets.modules()]
@@ -659,7 +657,7 @@ def main(argv=None):
             torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    if begin == args.steps or args.method == "search":  # no pictures so far, or none of inversion
+    if begin == args.steps or args.method == "search":  # this call has saved no picture, or none of inversion
         save_figures(nets, invert, data, z_shown, out, args.steps)
     untrained = build_networks("aegan", args.image_size, args.channels, args.latent_dim)["IG"].to(device)
     results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)
