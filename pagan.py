@@ -33,9 +33,9 @@ Rulings, where the slides are silent or disagree with themselves
     - They name no networks. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage less or
       more for 16x16 and 64x64. G's dense layer has batch norm, too, as in public code of SNGAN (chainer-gan-lib).
     - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
-    - They name no settings. We take 128 latents from N(0, I), 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
+    - They name no settings. We take Z = 128, N(0, I), batches of 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
     - Three names are not defined. We read: PAGAN-L1 has L1 in place of D_xx; in PAGAN-NOAUG a(x) is x; the tables' row
-      AUG is the score of a(x) in place of G(E(x)).
+      AUG has RID of a(x) in place of G(E(x)).
     - Crop pads by reflection. The padding is 0.1 of the side (the slides' best by IS and FID), rounded to pixels.
     - They give no strengths of blur and contrast: ours are BLUR and CONTRAST, below.
     - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
@@ -64,7 +64,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "pagan"
-IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths at S, S/2, ..., 4, over --channels
+IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths at S, S/2, ..., 4, in --channels
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
@@ -354,7 +354,7 @@ def frechet_inception_distance(features_a, features_b):
 
 
 def load_classifier(name, image_size, device):
-    """What --classifier names: a function of images [N, 3, S, S] in [-1, 1] to (logits [N, C], features [N, F]).
+    """The classifier of --classifier: a function of images [N, 3, S, S] in [-1, 1] to (logits [N, C], features [N, F]).
     none: None. inception: torchvision's Inception v3, from its cache or fetched by it. Otherwise a TorchScript file.
     DataError if it cannot be had, or does not give such tensors."""
     if name == "none":
@@ -396,8 +396,8 @@ def judge(classifier, images):
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier, count):
     """Figures of merit of up to 1,000 held-out images and of G(z), z [N, Z]; L1 and L2 of blur and of crop by p.
-    With a classifier also IS, FID and RID, of count samples and up to count held-out images. They are controlled by IS
-    and FID of training images, and by RID of a(x) (the row AUG) and of the mean image in place of G(E(x))."""
+    With a classifier also IS and FID of count samples, and RID of up to count held-out images. Beside them stand IS and
+    FID of training images, and RID with a(x) (the row AUG) or the mean image in place of G(E(x))."""
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
@@ -450,7 +450,7 @@ def parse_args(argv):
     add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: PAGAN-NOAUG (not used to train l1)")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
     add("--classifier", default="none", help="none, inception, or a file of tests/make_classifier.py")
-    add("--samples", type=int, default=10_000, help="samples in IS, FID and RID, and real images at most")
+    add("--samples", type=int, default=10_000, help="samples in IS and FID, and most real images in FID and RID")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -484,8 +484,10 @@ def parse_args(argv):
         least = 1 if name in AT_LEAST_1 else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
+    if args.samples < 10:  # the splits of the Inception score
+        fail(f"--samples {args.samples}: must be at least 10")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
-        fail(f"--crop {args.crop}: must be 0, or at most 0.5 and more than half a pixel of the side")
+        fail(f"--crop {args.crop}: must be 0, or at most 0.5 and more than half a pixel, which rounds to one")
     if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint

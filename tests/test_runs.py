@@ -84,6 +84,7 @@ SCRIPTS = {
             (["--reconstruction", "l2"], ["--reconstruction", "l2", "pair"]),
             (["--augmentation", "flip"], ["--augmentation", "flip", "contrast"]),
             (["--crop", "-0.1"], ["--crop", "-0.1", "at least 0"]),
+            (["--samples", 9], ["--samples 9", "at least 10"]),
             (["--crop", 0.6], ["--crop", "0.6", "at most 0.5"]),
             (["--crop", 0.03], ["--crop", "0.03", "a pixel"]),
             (["--crop", "nan"], ["--crop", "nan"]),
