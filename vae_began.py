@@ -360,7 +360,7 @@ def inception_score(probabilities, splits=SPLITS):
 
 
 def load_classifier(name, image_size, device):
-    """The classifier of --classifier: a function of images [N, 3, S, S] in [-1, 1] to a pair, logits [N, C] and another.
+    """The classifier of --classifier: a function of images [N, 3, S, S] in [-1, 1] to a pair, logits [N, C] and more.
 
     none: None. inception: torchvision's Inception v3, from its cache or fetched by it. Otherwise a TorchScript file.
     DataError if it cannot be had, or does not give such logits.
