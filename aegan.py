@@ -243,7 +243,7 @@ LOSSES = {"aegan": aegan_losses, "gan": gan_losses, "aae": aae_losses}
 
 
 def build_optimizer(nets, lr, lr_discriminator):
-    """One Adam for all networks, since they all take their step at the same time. capturable: for --graph."""
+    """One Adam for all networks, since they all take their step at the same time. capturable: for CUDA graphs."""
     rates = {"G": lr, "E": lr, "D_x": lr_discriminator, "D_z": lr_discriminator}
     groups = [{"params": net.parameters(), "lr": rates[name]} for name, net in nets.items()]
     return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=True)
@@ -390,7 +390,7 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
+    add("--no-graph", action="store_true", help="on CUDA: run each step anew; else one is recorded and replayed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
     path = args.out / "checkpoint.pt"
@@ -416,16 +416,17 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run. With --graph also sets a new current stream: the default one cannot be recorded."""
+    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, but for --no-graph."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
-        if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))
     except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
-        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
-    return device
+        fail(f"--device {args.device} cannot be used: {error}")
+    graph = device.type == "cuda" and not args.no_graph
+    if graph:
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream cannot be recorded
+    return device, graph
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -447,7 +448,7 @@ def restore(checkpoint, args, data, nets, optimizer):
 def main(argv=None):
     args, checkpoint = parse_args(argv)
     out = args.out
-    device = open_device(args)
+    device, graph = open_device(args)
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
         out.mkdir(parents=True, exist_ok=True)
@@ -459,7 +460,7 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr, args.lr_discriminator)
     weights = {"alpha": args.alpha, "lambda_rx": args.lambda_rx, "lambda_rz": args.lambda_rz}
     z_shown = torch.randn(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "graph")}
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "no_graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     print(f"{args.model} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
@@ -468,7 +469,7 @@ def main(argv=None):
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
         inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim, not args.no_flip)
-        if args.graph and step == begin + EAGER_STEPS + 1:
+        if graph and step == begin + EAGER_STEPS + 1:
             step_function = record(step_function, inputs)  # executed below, like any step
         losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps

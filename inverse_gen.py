@@ -215,7 +215,7 @@ LOSSES = {"gan": gan_losses, "aegan": aegan_losses, "direct": direct_losses, "bi
 
 
 def build_optimizer(nets, lr):
-    """One Adam for all networks. It does not move those that got no gradient. capturable: for --graph."""
+    """One Adam for all networks. It does not move those that got no gradient. capturable: for CUDA graphs."""
     return torch.optim.Adam(nets.parameters(), lr, BETAS, fused=True, capturable=True)
 
 
@@ -540,7 +540,7 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--graph", action="store_true", help="on CUDA: record a training step as a CUDA graph, and replay it")
+    add("--no-graph", action="store_true", help="on CUDA: run each step anew; else one is recorded and replayed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
     path = args.out / "checkpoint.pt"
@@ -573,16 +573,17 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run. With --graph also sets a new current stream: the default one cannot be recorded."""
+    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, but for --no-graph."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
-        if args.graph:
-            torch.cuda.set_stream(torch.cuda.Stream(device))
     except (RuntimeError, AssertionError, ValueError) as error:  # one of these, if there is no such device
-        fail(f"--device {args.device} (--graph: {args.graph}) cannot be used: {error}")
-    return device
+        fail(f"--device {args.device} cannot be used: {error}")
+    graph = device.type == "cuda" and not args.no_graph
+    if graph:
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream cannot be recorded
+    return device, graph
 
 
 def restore(checkpoint, args, data, nets, optimizer):
@@ -604,7 +605,7 @@ def restore(checkpoint, args, data, nets, optimizer):
 def main(argv=None):
     args, checkpoint = parse_args(argv)
     out = args.out
-    device = open_device(args)
+    device, graph = open_device(args)
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
         query = read_image(args.query, args.image_size) if args.query else None
@@ -617,7 +618,7 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     invert = nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], args.search_steps, args.search_rate)
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "query", "device", "graph")}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "query", "device", "no_graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
     if args.query:
         return save_query(out / "query.png", nets, invert, query, data, args.gallery, device)
@@ -631,7 +632,7 @@ def main(argv=None):
             step_function = partial(train_step, nets, optimizer, stage)
             first_step = step
         inputs = make_inputs(draw_images(images, args.batch_size, device), args.latent_dim)
-        if args.graph and step == first_step + EAGER_STEPS:
+        if graph and step == first_step + EAGER_STEPS:
             step_function = record(step_function, inputs)  # executed below, like any step
         losses = step_function(*inputs)
         save_due = step % args.save_every == 0 or step == args.steps

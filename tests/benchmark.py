@@ -1,13 +1,13 @@
 """How fast the scripts train, beside a plain loop over the same networks and losses, with as many updates.
 
     python tests/benchmark.py                                # all scripts: the paper's settings on CUDA, else --quick's
-    python tests/benchmark.py --scripts aegan pagan --graph --out benchmark.json
+    python tests/benchmark.py --scripts aegan pagan --out benchmark.json
 
-`script` is what the script does: draw_images, make_inputs and train_step, with its --graph. `plain` is the loop that
-public collections have: a DataLoader of image files with workers, a forward pass for every loss with detach, torch's
-default Adam, .item() at every step. They take turns, after one that warms up; a turn ends when the device has done its
-work. Medians over the turns. Floating-point operations and peak memory are those of the script's step; the peak is that
-of a large matrix product.
+`script` is what the script does: draw_images, make_inputs and train_step, on CUDA recorded as a graph; there `eager` is
+the same with --no-graph. `plain` is the loop that public collections have: a DataLoader of image files with workers, a
+forward pass for every loss with detach, torch's default Adam, .item() at every step. They take turns, after one that
+warms up; a turn ends when the device has done its work. Medians over the turns. Floating-point operations and peak
+memory are those of the script's step; the peak is that of a large matrix product.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import draw_faces, draw_images
 
+draw_faces = cache(draw_faces)
 TASKS = ("aegan", "bigan_latent", "vae_began", "pagan", "inverse_gen gan", "inverse_gen aegan")
 
 
@@ -231,7 +232,7 @@ def load_batches(task, images, batch_size, folder, device):
     return (x.to(device, non_blocking=True) for _ in repeat(None) for x in loader)
 
 
-def measure(task, device, folder, turns, seconds, graph):
+def measure(task, device, folder, turns, seconds):
     """One row of the table, as a dict."""
     args, _, step, options, _ = build(task, device)
     module, images = importlib.import_module(task.split()[0]), draw_faces(1000, args.image_size)[0].to(device)
@@ -239,33 +240,36 @@ def measure(task, device, folder, turns, seconds, graph):
         torch.cuda.set_stream(torch.cuda.Stream(device))
         torch.cuda.reset_peak_memory_stats(device)
 
-    def script_step(_):
+    def script_step(run, _):
         run(*module.make_inputs(draw_images(images, args.batch_size, device), *options))
 
-    run = step
+    loops = {"script": (partial(script_step, step), repeat(None))}
     for _ in range(3):
-        script_step(None)
-    if graph:
-        run = module.record(step, module.make_inputs(images[: args.batch_size], *options))
-    row = {"task": task, "batch_size": args.batch_size, "image_size": args.image_size, "graph": graph}
+        script_step(step, None)
+    if device.type == "cuda":
+        loops["eager"] = loops["script"]
+        recorded = module.record(step, module.make_inputs(images[: args.batch_size], *options))
+        loops["script"] = partial(script_step, recorded), repeat(None)
+    row = {"task": task, "batch_size": args.batch_size, "image_size": args.image_size}
     row["peak_memory"] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     *_, plain_step = build(task, device)
-    rates = {"script": [], "plain": []}
-    batches = load_batches(task, images, args.batch_size, folder, device)
-    for turn in range(turns + 1):  # the first one warms up
-        here = rate(script_step, repeat(None), seconds, device), rate(plain_step, batches, seconds, device)
-        for name, value in zip(rates, here):
-            rates[name] += [args.batch_size * value] if turn else []
+    loops["plain"] = plain_step, load_batches(task, images, args.batch_size, folder, device)
+    rates = {name: [] for name in loops}
+    for turn in range(turns + 1):
+        for name, (function, arguments) in loops.items():
+            value = args.batch_size * rate(function, arguments, seconds, device)
+            if turn > 0:  # the first one warms up
+                rates[name].append(value)
     with FlopCounterMode(display=False) as counter:
         step(*module.make_inputs(images[: args.batch_size], *options))
-    script, plain = (statistics.median(values) for values in rates.values())
-    row |= {"script": script, "plain": plain, "rates": rates, "operations_per_step": counter.get_total_flops()}
-    row["ratio"] = statistics.median(a / b for a, b in zip(*rates.values()))
-    row["operations_per_second"] = row["operations_per_step"] * script / args.batch_size
+    row |= {name: statistics.median(values) for name, values in rates.items()}
+    row |= {"rates": rates, "operations_per_step": counter.get_total_flops()}
+    row["ratio"] = statistics.median(a / b for a, b in zip(rates["script"], rates["plain"]))
+    row["operations_per_second"] = row["operations_per_step"] * row["script"] / args.batch_size
     steps = args.steps
     if task.startswith("inverse_gen"):  # two stages
         steps = args.gan_steps if task.endswith(" gan") else args.steps - args.gan_steps
-    row |= {"steps": steps, "minutes_for_all_steps": steps * args.batch_size / script / 60}
+    row |= {"steps": steps, "minutes_for_all_steps": steps * args.batch_size / row["script"] / 60}
     return row
 
 
@@ -274,7 +278,6 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=sorted({task.split()[0] for task in TASKS}))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="a turn")
-    parser.add_argument("--graph", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers; not given: none")
     args = parser.parse_args()
@@ -283,18 +286,17 @@ def main():
     top = peak(device, 8192 if device.type == "cuda" else 2048)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
     print(f"{name}, torch {torch.__version__}, peak {top / 1e12:.2f} TFLOP/s; images a second")
-    print(f"{'':20}{'script':>9}{'plain':>9}{'ratio':>7}{'of peak':>9}{'all steps':>12}")
+    shown = ("script", "eager", "plain") if device.type == "cuda" else ("script", "plain")
+    print(f"{'':20}{''.join(f'{name:>9}' for name in shown)}{'ratio':>7}{'of peak':>9}{'all steps':>12}")
     with tempfile.TemporaryDirectory() as folder:
         for task in TASKS:
             if not args.scripts or task.split()[0] in args.scripts:
-                row = measure(task, device, Path(folder), args.turns, args.seconds, args.graph)
+                row = measure(task, device, Path(folder), args.turns, args.seconds)
                 row["share_of_peak"] = row["operations_per_second"] / top
                 rows.append(row)
-                print(
-                    f"{task:20}{row['script']:9.0f}{row['plain']:9.0f}{row['ratio']:7.2f}{row['share_of_peak']:9.1%}"
-                    f"{row['minutes_for_all_steps']:8.1f} min",
-                    flush=True,
-                )
+                rates = "".join(f"{row[name]:9.0f}" for name in shown)
+                minutes = row["minutes_for_all_steps"]
+                print(f"{task:20}{rates}{row['ratio']:7.2f}{row['share_of_peak']:9.1%}{minutes:8.1f} min", flush=True)
     if args.out:
         content = {"device": name, "torch": torch.__version__, "peak": top, "rows": rows}
         args.out.write_text(json.dumps(content, indent=2))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -171,13 +170,11 @@ class CPUGraph(TorchDispatchMode):
                     old.copy_(new)
 
 
-def graphs_on_the_cpu(monkeypatch):
-    """From now on --graph goes with --device cpu: CPUGraphs are made for CUDA's; returns the list of them."""
-    graphs = []
+def graphs_on_the_cpu(monkeypatch, script):
+    """From now on the script records steps on the CPU, too, but for --no-graph; returns the list of its CPUGraphs."""
+    graphs, current = [], object()
+    monkeypatch.setattr(script, "open_device", lambda args: (torch.device("cpu"), not args.no_graph))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(CPUGraph()) or graphs[-1])
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph if stream is current.stream else None)
-    current = MagicMock()
-    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(current, "stream", stream))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current.stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph if stream is current else None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     return graphs

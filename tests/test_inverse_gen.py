@@ -593,8 +593,8 @@ def test_recorded_or_stopped_in_either_stage_a_run_ends_in_the_same_bits(photos,
         assert_refused(cli(inverse_gen, *query, "--query", run / "no.png"), run)
         assert_same(before, load(run))
         assert cli(inverse_gen, "--resume", "--out", run, "--device", "cpu").status == 0
-    graphs = conftest.graphs_on_the_cpu(monkeypatch)
-    assert cli(inverse_gen, *small, "--graph", "--out", recorded).status == 0
+    graphs = conftest.graphs_on_the_cpu(monkeypatch, inverse_gen)
+    assert cli(inverse_gen, *small, "--out", recorded).status == 0
     assert [graph.replays for graph in graphs] == [2, 3]  # three steps of a stage precede its recording
     for run in (recorded, *(tmp_path / name for name in "459")):
         assert_same(load(whole), load(run))

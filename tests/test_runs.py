@@ -126,7 +126,6 @@ BAD = [
     (["--lr", "inf"], ["--lr", "inf", "finite"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "meta"], ["--device meta"]),
-    (["--graph"], ["--device cpu", "--graph"]),
     (["--eval"], ["--eval"]),
     (["--resume"], ["there is no run of SCRIPT.py in runs/SCRIPT", "--resume"]),
     (["--resume", "--out", "missing"], ["there is no run of SCRIPT.py in missing"]),
@@ -414,11 +413,11 @@ def test_batches_are_drawn_from_the_training_images(script, tiny, tmp_path, cli,
 
 
 def test_a_recorded_run_and_a_resumed_one_end_in_the_same_bits(script, tiny, tmp_path, cli, finished, monkeypatch):
-    graphs = graphs_on_the_cpu(monkeypatch)
-    assert cli(script, *tiny, "--graph", "--steps", 6, "--out", tmp_path / "whole").status == 0
+    graphs = graphs_on_the_cpu(monkeypatch, script)
+    assert cli(script, *tiny, "--steps", 6, "--out", tmp_path / "whole").status == 0
     assert [graph.replays for graph in graphs] == [3] and len(graphs[0].calls) > 60  # steps 4 to 6
-    assert cli(script, *tiny, "--graph", "--steps", 1, "--out", tmp_path / "run").status == 0
-    again = ["--resume", "--graph", "--steps", 6, "--out", tmp_path / "run", "--device", "cpu"]
+    assert cli(script, *tiny, "--steps", 1, "--out", tmp_path / "run").status == 0
+    again = ["--resume", "--steps", 6, "--out", tmp_path / "run"]
     assert cli(script, *again).status == 0 and [graph.replays for graph in graphs] == [3, 2]
     for run in (tmp_path / "whole", tmp_path / "run"):
         assert_same(load(finished)["networks"], load(run)["networks"])
@@ -427,13 +426,15 @@ def test_a_recorded_run_and_a_resumed_one_end_in_the_same_bits(script, tiny, tmp
 
 
 def test_every_model_is_recorded(name, script, tiny, tmp_path, cli, monkeypatch):
-    graphs = graphs_on_the_cpu(monkeypatch)
+    graphs = graphs_on_the_cpu(monkeypatch, script)
     for i, model in enumerate(SCRIPTS[name]["models"]):
-        runs = [tmp_path / f"{i} {more}" for more in ("", "--graph")]
-        for run, more in zip(runs, ([], ["--graph"])):
-            assert cli(script, *tiny, "--save-every", 20, "--steps", 5, *model, *more, "--out", run).status == 0
-        assert_same(*map(load, runs), model)
-        assert graphs and all(graph.replays > 0 for graph in graphs), model
+        eager, recorded = tmp_path / f"{i} eager", tmp_path / f"{i} recorded"
+        small = [*tiny, "--save-every", 20, "--steps", 5, *model]
+        count = len(graphs)
+        assert cli(script, *small, "--no-graph", "--out", eager).status == 0 and len(graphs) == count
+        assert cli(script, *small, "--out", recorded).status == 0 and len(graphs) > count
+        assert_same(load(eager), load(recorded), model)
+        assert all(graph.replays > 0 for graph in graphs), model
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -475,11 +476,20 @@ def test_copies_of_one_image_give_results_that_are_json(script, tiny, tmp_path, 
 # -------------------------------------------------------------------------------------------------------------- CUDA
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    """CUDA gives the same bits again, where it can."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @needs_cuda
 @pytest.mark.parametrize("memory", [2**40, 0])
-@pytest.mark.parametrize("more", [[], ["--graph"]])
+@pytest.mark.parametrize("more", [[], ["--no-graph"]])
 def test_on_cuda_a_resumed_run_goes_on_with_the_same_random_numbers(
-    script, tiny, tmp_path, cli, monkeypatch, memory, more
+    script, tiny, tmp_path, cli, monkeypatch, memory, more, deterministic
 ):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))  # 0: the images stay on the host
     tiny = [*tiny, *more, "--device", "cuda"]
@@ -494,18 +504,13 @@ def test_on_cuda_a_resumed_run_goes_on_with_the_same_random_numbers(
 
 @needs_cuda
 def test_on_cuda_the_first_hundred_losses_of_a_recorded_run_are_those_of_an_eager_one(
-    name, script, tiny, tmp_path, cli, monkeypatch
+    name, script, tiny, tmp_path, cli, deterministic
 ):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     tiny = [*tiny, "--device", "cuda", "--save-every", 1000, "--steps", 100]
     for i, model in enumerate([[], *SCRIPTS[name]["models"]]):
         runs = [tmp_path / f"eager{i}", tmp_path / f"recorded{i}"]
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            for run, more in zip(runs, ([], ["--graph"])):
-                assert cli(script, *tiny, *model, *more, "--out", run).status == 0
-        finally:
-            torch.use_deterministic_algorithms(False)
+        for run, more in zip(runs, (["--no-graph"], [])):
+            assert cli(script, *tiny, *model, *more, "--out", run).status == 0
         (header, a), (same_header, b) = map(log_of, runs)
         assert header == same_header and len(a) == len(b) >= 100
         a, b = ([[float(value or 0) for value in row] for row in rows] for rows in (a, b))
