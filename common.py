@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
@@ -41,16 +42,16 @@ class Data(NamedTuple):
     attributes: tuple[str, ...]  # names of the A yes/no attributes, () where the data has none
     train_labels: Tensor  # bool [M, A]
     heldout_labels: Tensor  # bool [H, A]
-    paths: tuple[Path, ...]  # of the M and the H images, () where they come from no folder
-    checksum: int  # of the bytes of all images, in their order
+    paths: tuple[Path, ...]  # of the images, train then heldout; () where they come from no folder
+    checksum: int  # of all images, so that --resume can tell whether they are still the same
 
 
 def load_data(name, size, batch_size=1, seed=0, root="data"):
     """Read a whole data set into memory: a folder of images, or `faces`, `cifar10`, `mnist`.
 
-    size: side S of the square images in pixels. batch_size: how many to train on there must be. seed: of the shuffle
-    (of the drawing for `faces`). root: where torchvision's data sets are downloaded to. Returns Data, (M + H) * 3 * S *
-    S bytes. Raises DataError.
+    size: side S of the square images in pixels. batch_size: the least number of images to train on. seed: of the
+    shuffle, or for `faces` of the drawing. root: where torchvision's data sets are downloaded to. Returns Data, which
+    takes 3 * S * S bytes an image. Raises DataError.
     """
     torchvision_sets = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}
     paths = ()
@@ -64,21 +65,20 @@ def load_data(name, size, batch_size=1, seed=0, root="data"):
     if split < batch_size:
         raise DataError(f"{name} has {split} images to train on, fewer than --batch-size {batch_size}: lower that")
     checksum = zlib.crc32(images.numpy())
-    images, labels = images.tensor_split([split]), labels.tensor_split([split])
-    return Data(*images, tuple(attributes), *labels, tuple(paths), checksum)
+    parts = images[:split], images[split:], tuple(attributes), labels[:split], labels[split:]
+    return Data(*parts, tuple(paths), checksum)
 
 
 def place_images(images, device):
-    """Images uint8 [M, 3, S, S] where draw_images shall take them from: on the torch.device, or if they would fill more
-    than half of its free memory where they are. (There, they are drawn by that device's random numbers.)"""
+    """Move images, uint8 [M, 3, S, S], to the torch.device, unless they would fill more than half of its free memory.
+    draw_images takes its random numbers from the device that holds the images."""
     fits = device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
 
 
 def draw_images(images, count, device):
     """count random ones of the images uint8 [M, 3, S, S], with replacement, on the torch.device: [count, 3, S, S]."""
-    drawn = images[torch.randint(len(images), (count,), device=images.device)]
-    return drawn if drawn.device.type == device.type else drawn.pin_memory().to(device, non_blocking=True)
+    return images[torch.randint(len(images), (count,), device=images.device)].to(device)
 
 
 def to_float(images):
@@ -90,10 +90,11 @@ def read_image(path, size):
     """One image file -> uint8 [3, size, size]: upright, over white, the centre square, antialiased; of several
     frames the first. Raises what Pillow raises on a file that it cannot read."""
     with Image.open(path) as image:
-        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a half, a quarter or an eighth
+        image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8, if this much is left
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+            grey = np.asarray(image, np.float32) / 257  # 65535 -> 255
+            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -101,82 +102,79 @@ def read_image(path, size):
         return pil_to_tensor(image)
 
 
-def _find_files(folder):
-    """All files below the folder, in the order of their paths; links to folders are followed, but no folder twice."""
-    found = {}  # by the real path of the folder that they are in
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in found else sorted(folders)  # os.walk goes into these
-        found.setdefault(real, [Path(parent, name) for name in names if not name.startswith("._")])  # those are macOS's
-    return sorted(file for files in found.values() for file in files)
-
-
 def _load_folder(folder, size, seed):
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a folder of images, or faces, cifar10 or mnist")
-    files = _find_files(folder)
+    walk = os.walk(folder, followlinks=True)
+    files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
     paths = [path for path in files if path.suffix.lower() in SUFFIXES]
     random.Random(seed).shuffle(paths)
 
-    def read(path):
-        try:
-            return read_image(path, size)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            return "empty file" if path.exists() and path.stat().st_size == 0 else str(error)
-
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    used, skipped = [], []
+    errors = []  # for each image None or what is wrong with it
+
+    def read(i):
+        try:
+            images[i] = read_image(paths[i], size)
+        except Exception as error:  # Pillow's decoders raise many kinds
+            return f"{paths[i]} ({error})"
+
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 1000):  # block by block, so that few decoded images wait in memory
-            block = paths[start : start + 1000]
-            for path, image in zip(block, pool.map(read, block)):
-                if isinstance(image, str):
-                    skipped.append(f"{path} ({image})")
-                else:
-                    images[len(used)] = image
-                    used.append(path)
-            print(f"\rread {len(used)} of {len(paths)} images", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        for error in pool.map(read, range(len(paths))):
+            errors.append(error)
+            if len(errors) % 1000 == 0:
+                print(f"read {len(errors)} of {len(paths)} images", end="\r", file=sys.stderr, flush=True)
+    skipped = [error for error in errors if error]
     if skipped:
         print(f"skipped {len(skipped)} that cannot be read: {', '.join(skipped[:3])}", file=sys.stderr)
-    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in SUFFIXES)
-    left_out = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(5)) or "none"
+        good = [i for i, error in enumerate(errors) if not error]
+        images, paths = images[good], [paths[i] for i in good]
+    others = [path for path in files if path.suffix.lower() not in SUFFIXES and path.name not in ATTRIBUTE_FILES]
     if others:
-        print(f"left out files of other kinds: {left_out}", file=sys.stderr)
-    if len(used) < 20:  # two held out
-        needed = f"give at least 20 of {' '.join(sorted(SUFFIXES))}"
-        raise DataError(f"{folder} holds {len(used)} readable images (other files: {left_out}): {needed}")
-    attributes, labels = _read_attributes(folder, used)
-    return images[: len(used)], attributes, labels, used
+        kinds = dict(Counter(path.suffix.lower() for path in others).most_common(5))
+        print(f"left out files of other kinds: {kinds}", file=sys.stderr)
+    if len(paths) < 20:  # so that two are held out, which sample_diversity compares
+        raise DataError(f"{folder} holds {len(paths)} readable images: give 20 or more ({' '.join(sorted(SUFFIXES))})")
+    attributes, labels = _read_attributes(folder, paths)
+    return images, attributes, labels, paths
 
 
 def _read_attributes(folder, paths):
-    """Names of the attributes and labels bool [M, A] of the images at paths. No names where no file has all images.
-
-    The file is the first of ATTRIBUTE_FILES in the folder, in one of the two above it, or in a folder Anno in these.
-    """
-    above = Path(os.path.abspath(folder), "x").parents[:3]
+    """Names of the attributes and labels bool [M, A] of the images at paths. No names if there is no file, or if it
+    lacks an image. The file is the first of ATTRIBUTE_FILES found in the folder, then in its folder Anno, then in the
+    two folders above it in the same way."""
+    nothing = [], torch.zeros(len(paths), 0, dtype=torch.bool)
+    folder = Path(os.path.abspath(folder))
+    above = (folder, *folder.parents[:2])
     places = [Path(place, inside, name) for place in above for inside in ("", "Anno") for name in ATTRIBUTE_FILES]
     file = next(filter(Path.is_file, places), None)
     if file is None:
-        return [], torch.zeros(len(paths), 0, dtype=torch.bool)
+        return nothing
     lines = file.read_text("utf-8-sig", "replace").splitlines()
     if file.suffix == ".txt":  # CelebA's: the number of images, the names, then a file name and 1 or -1 for each
-        lines = [",".join(line.split()) for line in ["file " + "".join(lines[1:2]), *lines[2:]]]
-    header, *rows = csv.reader(lines or ["file"])
-    rows = [row for row in rows if len(row) == len(header) and {*row[1:]} <= {"0", "1", "-1"}]
-    table = {row[0]: [value == "1" for value in row[1:]] for row in rows}
-    # An image is found by its path from the attribute file, or by its name if no other image has that.
+        rows = [line.split() for line in lines[1:]]
+        names = rows[0] if rows else []
+    else:
+        rows = list(csv.reader(lines))
+        names = rows[0][1:] if rows else []  # the first column is of file names
+    table = {}
+    for row in rows[1:]:
+        if len(row) == 1 + len(names) and {*row[1:]} <= {"0", "1", "-1"}:  # an image with another row is missing below
+            table[row[0]] = [value == "1" for value in row[1:]]
     count = Counter(path.name for path in paths)
-    keys = [Path(os.path.relpath(path, file.parent)).as_posix() for path in paths]
-    keys = [path.name if key not in table and count[path.name] == 1 else key for key, path in zip(keys, paths)]
+
+    def key_of(path):
+        """Its path from the folder of the attribute file; or its name, if no other image has that name."""
+        key = Path(os.path.relpath(path, file.parent)).as_posix()
+        return key if key in table or count[path.name] > 1 else path.name
+
+    keys = [key_of(path) for path in paths]
     missing = [key for key in keys if key not in table]
     if missing:
-        row = f"row of a file name and {len(header) - 1} values 0 or 1"
-        images = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
-        print(f"going on without attributes: {file} has no {row} for {images}", file=sys.stderr)
-        return [], torch.zeros(len(paths), 0, dtype=torch.bool)
-    return header[1:], torch.tensor([table[key] for key in keys], dtype=torch.bool)
+        missed = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
+        print(f"going on without attributes: {file} has no {len(names)} values 0 or 1 for {missed}", file=sys.stderr)
+        return nothing
+    return names, torch.tensor([table[key] for key in keys], dtype=torch.bool)
 
 
 def _load_torchvision(dataset, size, seed, root):
@@ -186,32 +184,32 @@ def _load_torchvision(dataset, size, seed, root):
         advice = f"put its files into {root}/, or give a folder of images"
         reason = str(error).splitlines()[0]
         raise DataError(f"{dataset.__name__} cannot be downloaded: {advice} ({reason})") from error
-    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(source)))
+    order = random.Random(seed).sample(range(len(source)), len(source))
     images = torch.as_tensor(source.data)[order]  # CIFAR-10 [M, 32, 32, 3], MNIST [M, 28, 28]
     images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
     images = resize(images, [size, size], antialias=True).expand(-1, 3, -1, -1).contiguous()
-    labels = torch.as_tensor(source.targets)[order, None] == torch.arange(len(source.classes))
-    return images, source.classes, labels
+    labels = F.one_hot(torch.as_tensor(source.targets)[order], len(source.classes))
+    return images, source.classes, labels.bool()
 
 
 def save_grid(path, *batches, columns=10, captions=()):
     """Save images as one picture, row by row; small ones enlarged by a whole factor, without blur.
 
-    batches: one or more [N, 3, S, S] in [-1, 1] (clipped), on any device; the first images of all batches stand side
-    by side, then the second ones: (original, reconstruction) pairs. columns: how many such groups a row. captions: for
-    each of the first batches, up to N short texts for the top-left corners of its tiles.
+    batches: one or more [N, 3, S, S] in [-1, 1] (clipped), on any device. Image i of all batches stand side by side, as
+    group i: pairs of original and reconstruction, say. columns: how many groups a row. captions: captions[b][i] is
+    written into the top-left corner of image i of batch b; both lists may be shorter.
     """
     groups = []
     for images, texts in zip_longest(batches, captions, fillvalue=()):
         tiles = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-        factor = max(1, 64 // images.shape[-1])
-        tiles = tiles.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        factor = max(1, 64 // images.shape[-1])  # to 64 pixels
+        tiles = F.interpolate(tiles, scale_factor=factor)  # to the nearest neighbour
         for tile, text in zip(tiles, texts):
             image = to_pil_image(tile)
             pen = ImageDraw.Draw(image)
             pen.rectangle(pen.textbbox((1, 0), text), "black")
             pen.text((1, 0), text, "white")
-            tile.copy_(pil_to_tensor(image))
+            tile.copy_(pil_to_tensor(image))  # changes tiles
         groups.append(tiles)
     grid = torchvision.utils.make_grid(torch.cat(groups, dim=-1), nrow=columns, padding=4, pad_value=255)
     to_pil_image(grid).save(path)
@@ -219,7 +217,7 @@ def save_grid(path, *batches, columns=10, captions=()):
 
 def draw_faces(count, size, seed=0):
     """Cartoon faces: images uint8 [count, 3, size, size], the names of the A attributes, labels bool [count, A].
-    Image i depends on seed, size and i alone; the bytes on Pillow's version, too."""
+    Image i depends on seed, i, size and Pillow's version alone."""
     print(f"drawing {count} faces", file=sys.stderr, flush=True)
     faces = [draw_face(random.Random(f"{seed} {i}"), size) for i in range(count)]
     images = torch.stack([pil_to_tensor(image) for image, parts in faces])
@@ -229,37 +227,41 @@ def draw_faces(count, size, seed=0):
 
 def draw_face(rng, size):
     """One face drawn with a random.Random: a Pillow image [size, size] and the set of its parts and attributes."""
-    parts = {name for name, odds in ODDS.items() if rng.random() < odds} | {"head"}
-    hair = rng.random() * len(HAIR)
+    parts = {name for name, odds in ODDS.items() if rng.random() < odds} | {"face"}
+    hair = int(rng.random() * len(HAIR))
     if "bald" in parts:
         parts -= {"long_hair", "bangs"}
     else:
-        parts |= {"hair", HAIR[int(hair)]}
+        parts |= {"hair", HAIR[hair]}
     closed, opened = ("beaming", "laugh") if "smiling" in parts else ("stern", "gaping")
     parts.add(opened if "open_mouth" in parts else closed)
     colours = {"white": (255, 255, 255), "black": (28, 26, 34), "gold": (255, 214, 60)}
     for name, options in PALETTE.items():
-        number = int(hair if name == "hair" else rng.random() * len(options))
+        number = hair if name == "hair" else int(rng.random() * len(options))
         if name == "skin" and number == 0:
             parts.add("pale_skin")
         light = 0.95 + 0.1 * rng.random()
         warm = round(12 * (rng.random() - 0.5))
         for shade, factor in (("", 1), (" +", 0.94), (" -", 0.84), (" --", 0.55)):
             red, green, blue = (round(c * light * factor) for c in options[number])
-            colours[name + shade] = (red + warm, green, blue - warm)
+            colours[name + shade] = (red + warm, green, blue - warm)  # Pillow clips them to [0, 255]
 
-    # One percent is 2.5 pixels; the margin of 40 pixels shows only where the face is tilted or shifted.
+    # 250x250 pixels, with a margin of 40 around them for the tilt and the shift
     image = Image.new("RGB", (330, 330), colours["background"])
     pen = ImageDraw.Draw(image)
-    width = 0.9 + 0.2 * rng.random()
+    across = 2.5 * (0.9 + 0.2 * rng.random())  # pixels that a percent is wide; it is 2.5 high
     for part, colour, shape, (x0, y0, x1, y1), *arguments in FACE:
         if part not in parts:
             continue
-        sides = [(x0, x1), (100 - x1, 100 - x0)] if x1 <= 50 else [(x0, x1)]
+        sides = [(x0, x1)]
+        if x1 <= 50:
+            sides.append((100 - x1, 100 - x0))  # mirrored
         for left, right in sides:
-            box = [165 + (left - 50) * 2.5 * width, 40 + y0 * 2.5, 165 + (right - 50) * 2.5 * width, 40 + y1 * 2.5]
-            getattr(pen, shape)(box, *arguments, fill=colours[colour], width=5)
-    tilt, dx, dy = (by * (rng.random() - 0.5) for by in (0.3, 25, 20))
+            box = [165 + (left - 50) * across, 40 + y0 * 2.5, 165 + (right - 50) * across, 40 + y1 * 2.5]
+            getattr(pen, shape)(box, *arguments, fill=colours[colour], width=5)  # width: of arcs
+    tilt = 0.3 * (rng.random() - 0.5)
+    dx = 25 * (rng.random() - 0.5)
+    dy = 20 * (rng.random() - 0.5)
     a, b = math.cos(tilt), math.sin(tilt)
     affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)
     image = image.transform((250, 250), Image.Transform.AFFINE, affine)
@@ -282,16 +284,16 @@ PALETTE = {
 # In drawing order: part, colour, shape, box in percent (on both sides if it ends left of the middle), radius or angles.
 ROUNDED = "rounded_rectangle"
 FACE = (
-    ("head", "background +", "ellipse", (4, 4, 96, 88)), ("long_hair", "hair -", ROUNDED, (17, 24, 83, 92), 50),
-    ("head", "clothes", "ellipse", (8, 83, 92, 137)), ("head", "skin -", ROUNDED, (42, 70, 58, 95), 15),
-    ("hair", "hair", "ellipse", (17.5, 10.5, 82.5, 77.5)), ("head", "skin -", "ellipse", (18.5, 48.5, 28.5, 61.5)),
-    ("earrings", "gold", "ellipse", (20.7, 60.5, 26.3, 67.5)), ("head", "skin", "ellipse", (23.5, 20.5, 76.5, 83.5)),
-    ("head", "skin +", "ellipse", (29, 58, 38, 64)), ("beard", "hair -", "chord", (23.2, 20, 76.8, 84.5), 18, 162),
+    ("face", "background +", "ellipse", (4, 4, 96, 88)), ("long_hair", "hair -", ROUNDED, (17, 24, 83, 92), 50),
+    ("face", "clothes", "ellipse", (8, 83, 92, 137)), ("face", "skin -", ROUNDED, (42, 70, 58, 95), 15),
+    ("hair", "hair", "ellipse", (17.5, 10.5, 82.5, 77.5)), ("face", "skin -", "ellipse", (18.5, 48.5, 28.5, 61.5)),
+    ("earrings", "gold", "ellipse", (20.7, 60.5, 26.3, 67.5)), ("face", "skin", "ellipse", (23.5, 20.5, 76.5, 83.5)),
+    ("face", "skin +", "ellipse", (29, 58, 38, 64)), ("beard", "hair -", "chord", (23.2, 20, 76.8, 84.5), 18, 162),
     ("beard", "hair -", "ellipse", (37, 62.5, 63, 77.5)), ("hair", "hair", "chord", (23, 14, 77, 40), 180, 360),
     ("bangs", "hair", "chord", (22.5, 16, 77.5, 52), 180, 360), ("bangs", "hair", "ellipse", (22.5, 26, 37.5, 43)),
-    ("bangs", "hair", "ellipse", (35, 26, 50, 43)), ("head", "white", "ellipse", (33.4, 47.4, 44.6, 56.6)),
-    ("head", "eyes", "ellipse", (35.6, 48.4, 42.4, 56)), ("head", "black", "ellipse", (37.4, 50.4, 40.6, 54)),
-    ("head", "hair --", "arc", (32, 43, 46, 56), 220, 320), ("head", "skin --", "arc", (46.5, 54, 53.5, 61.5), 20, 160),
+    ("bangs", "hair", "ellipse", (35, 26, 50, 43)), ("face", "white", "ellipse", (33.4, 47.4, 44.6, 56.6)),
+    ("face", "eyes", "ellipse", (35.6, 48.4, 42.4, 56)), ("face", "black", "ellipse", (37.4, 50.4, 40.6, 54)),
+    ("face", "hair --", "arc", (32, 43, 46, 56), 220, 320), ("face", "skin --", "arc", (46.5, 54, 53.5, 61.5), 20, 160),
     ("laugh", "lips --", "chord", (40, 59, 60, 74), 0, 180), ("laugh", "white", "chord", (42, 63, 58, 69), 0, 180),
     ("gaping", "lips --", "ellipse", (44, 64, 56, 74)), ("gaping", "lips", "ellipse", (46.5, 69.5, 53.5, 73.5)),
     ("beaming", "lips", "chord", (38, 60, 62, 74), 0, 180), ("stern", "lips", "rectangle", (44, 67.4, 56, 69.6)),

@@ -116,7 +116,7 @@ SCRIPTS = {
 }
 BAD = [
     (["--data", "missing"], ["missing", "folder"]),
-    (["--data", "empty"], ["empty", "0 readable images", "at least 20"]),
+    (["--data", "empty"], ["empty", "0 readable images", "20 or more"]),
     (["--data", "PHOTOS", "--batch-size", 28], ["27 images", "--batch-size 28"]),
     (["--image-size", 48], ["--image-size", "48", "64"]),
     (["--stepps", 5], ["--stepps"]),
