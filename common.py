@@ -23,10 +23,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 
-SUFFIXES = {*IMG_EXTENSIONS, ".gif", ".jfif", ".avif"} & Image.registered_extensions().keys()  # those that Pillow reads
 ATTRIBUTE_FILES = ("attributes.csv", "list_attr_celeba.csv", "list_attr_celeba.txt")
 
 
@@ -46,27 +44,25 @@ class Data(NamedTuple):
     checksum: int  # of all images, so that --resume can tell whether they are still the same
 
 
-def load_data(name, size, batch_size=1, seed=0, root="data"):
-    """Read a whole data set into memory: a folder of images, or `faces`, `cifar10`, `mnist`.
+def load_data(name, size, batch_size=1):
+    """Read a whole data set into memory: a folder of images, or `faces`, or `cifar10`, `mnist`, downloaded to data/.
 
-    size: side S of the square images in pixels. batch_size: the least number of images to train on. seed: of the
-    shuffle, or for `faces` of the drawing. root: where torchvision's data sets are downloaded to. Returns Data, which
+    size: side S of the square images in pixels. batch_size: the least number of images to train on. Returns Data, which
     takes 3 * S * S bytes an image. Raises DataError.
     """
     torchvision_sets = {"cifar10": torchvision.datasets.CIFAR10, "mnist": torchvision.datasets.MNIST}
     paths = ()
     if name == "faces":
-        images, attributes, labels = draw_faces(10_000, size, seed)
+        images, attributes, labels = draw_faces(10_000, size)
     elif name in torchvision_sets:
-        images, attributes, labels = _load_torchvision(torchvision_sets[name], size, seed, root)
+        images, attributes, labels = _load_torchvision(torchvision_sets[name], size)
     else:
-        images, attributes, labels, paths = _load_folder(Path(name), size, seed)
+        images, attributes, labels, paths = _load_folder(Path(name), size)
     split = len(images) - len(images) // 10
     if split < batch_size:
         raise DataError(f"{name} has {split} images to train on, fewer than --batch-size {batch_size}: lower that")
     checksum = zlib.crc32(images.numpy())
-    parts = images[:split], images[split:], tuple(attributes), labels[:split], labels[split:]
-    return Data(*parts, tuple(paths), checksum)
+    return Data(images[:split], images[split:], tuple(attributes), labels[:split], labels[split:], paths, checksum)
 
 
 def place_images(images, device):
@@ -102,41 +98,33 @@ def read_image(path, size):
         return pil_to_tensor(image)
 
 
-def _load_folder(folder, size, seed):
+def _load_folder(folder, size):
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a folder of images, or faces, cifar10 or mnist")
     walk = os.walk(folder, followlinks=True)
-    files = sorted(Path(parent, name) for parent, _, names in walk for name in names)
-    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
-    random.Random(seed).shuffle(paths)
-
+    paths = sorted(Path(parent, name) for parent, _, names in walk for name in names if name not in ATTRIBUTE_FILES)
+    random.Random(0).shuffle(paths)
+    print(f"reading {len(paths)} files of {folder}", file=sys.stderr, flush=True)
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    errors = []  # for each image None or what is wrong with it
 
     def read(i):
+        """Read the file at paths[i] into images[i]. Returns None, or what is wrong with it."""
         try:
             images[i] = read_image(paths[i], size)
         except Exception as error:  # Pillow's decoders raise many kinds
             return f"{paths[i]} ({error})"
 
     with ThreadPoolExecutor() as pool:
-        for error in pool.map(read, range(len(paths))):
-            errors.append(error)
-            if len(errors) % 1000 == 0:
-                print(f"read {len(errors)} of {len(paths)} images", end="\r", file=sys.stderr, flush=True)
+        errors = list(pool.map(read, range(len(paths))))
     skipped = [error for error in errors if error]
     if skipped:
         print(f"skipped {len(skipped)} that cannot be read: {', '.join(skipped[:3])}", file=sys.stderr)
         good = [i for i, error in enumerate(errors) if not error]
         images, paths = images[good], [paths[i] for i in good]
-    others = [path for path in files if path.suffix.lower() not in SUFFIXES and path.name not in ATTRIBUTE_FILES]
-    if others:
-        kinds = dict(Counter(path.suffix.lower() for path in others).most_common(5))
-        print(f"left out files of other kinds: {kinds}", file=sys.stderr)
     if len(paths) < 20:  # so that two are held out, which sample_diversity compares
-        raise DataError(f"{folder} holds {len(paths)} readable images: give 20 or more ({' '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{folder} holds {len(paths)} readable images: give 20 or more")
     attributes, labels = _read_attributes(folder, paths)
-    return images, attributes, labels, paths
+    return images, attributes, labels, tuple(paths)
 
 
 def _read_attributes(folder, paths):
@@ -177,14 +165,14 @@ def _read_attributes(folder, paths):
     return names, torch.tensor([table[key] for key in keys], dtype=torch.bool)
 
 
-def _load_torchvision(dataset, size, seed, root):
+def _load_torchvision(dataset, size):
     try:
-        source = dataset(root, download=True)
+        source = dataset("data", download=True)
     except (OSError, RuntimeError) as error:
-        advice = f"put its files into {root}/, or give a folder of images"
+        advice = "put its files into data/, or give a folder of images"
         reason = str(error).splitlines()[0]
         raise DataError(f"{dataset.__name__} cannot be downloaded: {advice} ({reason})") from error
-    order = random.Random(seed).sample(range(len(source)), len(source))
+    order = random.Random(0).sample(range(len(source)), len(source))
     images = torch.as_tensor(source.data)[order]  # CIFAR-10 [M, 32, 32, 3], MNIST [M, 28, 28]
     images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
     images = resize(images, [size, size], antialias=True).expand(-1, 3, -1, -1).contiguous()

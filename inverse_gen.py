@@ -12,7 +12,7 @@ The code IG(x) of a real image says what the image shows: the nearest code finds
 
     python inverse_gen.py --quick                            # cartoon faces within three minutes on two CPU cores
     python inverse_gen.py --data photos/ --out runs/photos   # the paper's set-up on a folder of images
-    python inverse_gen.py --out runs/photos --query me.jpg   # which of its training images are most like this one
+    python inverse_gen.py --method direct --out runs/direct  # another way to train IG: by the noise, not the images
 
 paper -> code
     Section 3    noise z, x = G(z), z' = IG(x), x' = G(z'), where G(z) is generate(G, z); E of Eq. 1 is IG
@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
-from common import DataError, draw_images, load_data, place_images, read_image, save_grid
+from common import DataError, draw_images, load_data, place_images, save_grid
 
 NAME = "inverse_gen"
 METHODS = ("aegan", "direct", "bigan", "search")  # Section 4.1; search: Eq. 2
@@ -490,22 +490,6 @@ def measure(nets, invert, untrained, data, z, out, gallery):
     return results
 
 
-@torch.no_grad()
-def save_query(path, nets, invert, x, data, gallery, device):
-    """--query: print and save as a picture those nine of the first `gallery` training images whose codes are nearest to
-    that of x, uint8 [3, S, S]. The networks are left in evaluation mode."""
-    nets.eval()
-    images = data.train[:gallery]
-    query = describe(to_unit(x[None].to(device)), {"codes": invert})
-    described = describe(to_unit(images.to(device)), {"codes": invert})
-    distance = distances(query, described)["codes"][0].cpu()
-    shortest, index = distance.topk(min(9, len(distance)), largest=False)
-    for d, i in zip(shortest.tolist(), index.tolist()):
-        print(f"{d:8.3f}  {data.paths[i] if data.paths else f'training image {i}'}")
-    captions = [["query", *(f"{d:.2f}" for d in shortest)]]
-    save_grid(path, to_signed(to_unit(torch.cat([x[None], images[index]]))), captions=captions)
-
-
 # ------------------------------------------------------------------------------------------------------ command line
 
 
@@ -516,13 +500,12 @@ def fail(message, status=2):
 
 
 def parse_args(argv):
-    """The arguments and, with --resume or --query, the checkpoint of the run in --out, else None."""
+    """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error = fail
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--method", choices=METHODS, default="aegan", help="how G is inverted: the paper's way, or one of Section 2's")
-    add("--query", metavar="IMAGE", help="no training: which of the first --gallery training images are like this")
     add("--gan-steps", type=int, default=50_000, help="updates of the DCGAN before IG's (not for bigan and search)")
     add("--search-steps", type=int, default=200, help="of gradient search, Eq. 2, for every image")
     add("--search-rate", type=float, default=10.0, help="alpha of Eq. 2, for the mean over pixels")
@@ -545,12 +528,12 @@ def parse_args(argv):
     args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
     path = args.out / "checkpoint.pt"
     checkpoint = None
-    if args.resume or args.query:
+    if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             parser.set_defaults(**checkpoint[NAME])
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
-            fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume, --query")
+            fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     elif args.quick:
@@ -562,11 +545,8 @@ def parse_args(argv):
         least = 1 if name in AT_LEAST_1 else 0
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite and at least {least}")
-    two_stages = args.method in ("aegan", "direct")
-    if two_stages and args.gan_steps >= args.steps:
+    if args.method in ("aegan", "direct") and args.gan_steps >= args.steps:
         fail(f"--gan-steps {args.gan_steps} leave none of --steps {args.steps} for IG: change one of them")
-    if args.query and two_stages and checkpoint["step"] <= args.gan_steps:
-        fail(f"{args.out} is at step {checkpoint['step']}, and IG is not trained yet: go on with --resume")
     if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint
@@ -608,7 +588,6 @@ def main(argv=None):
     device, graph = open_device(args)
     try:
         data = load_data(args.data, args.image_size, args.batch_size)
-        query = read_image(args.query, args.image_size) if args.query else None
         out.mkdir(parents=True, exist_ok=True)
     except (DataError, OSError) as error:  # their messages name the file or folder
         fail(str(error))
@@ -618,10 +597,8 @@ def main(argv=None):
     optimizer = build_optimizer(nets, args.lr)
     z_shown = torch.rand(256, args.latent_dim, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     invert = nets["IG"] if "IG" in nets else partial(search_codes, nets["G"], args.search_steps, args.search_rate)
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "query", "device", "no_graph")}
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "no_graph")}
     begin, log = restore(checkpoint, args, data, nets, optimizer) if checkpoint else (0, "")
-    if args.query:
-        return save_query(out / "query.png", nets, invert, query, data, args.gallery, device)
     print(f"{args.method} on {len(data.train)} images of {args.data}, {device}, step {begin}, in {out}/")
 
     images = place_images(data.train, device)
@@ -664,7 +641,6 @@ def main(argv=None):
     results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)
     for name, value in results.items():
         print(f"{name:40}{value:10.3f}")
-    results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
     (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": config}, indent=2) + "\n")
 
 

@@ -588,7 +588,6 @@ def main(argv=None):
     results = measure(nets, data, z_shown, args.alpha, args.eta, classifier, args.samples)
     for name, value in results.items():
         print(f"{name:26}{value:10.3f}")
-    results = {name: value if math.isfinite(value) else None for name, value in results.items()}  # JSON has no infinity
     (out / "results.json").write_text(json.dumps({**results, "steps": args.steps, "config": config}, indent=2) + "\n")
 
 

@@ -86,7 +86,7 @@ def run_as_a_user(name, *arguments, cwd, pictures):
 
 def assert_refused(result, *words):
     """Exit status 2 and one line of error that has all the words; no traceback."""
-    notices = ("skipped ", "Downloading: ")  # the last one is torch's, in some versions
+    notices = ("reading ", "skipped ", "Downloading: ")  # the last one is torch's, in some versions
     lines = [line for line in result.err.split("\n") if line and not line.startswith(notices)]
     assert result.status == 2 and len(lines) == 1 and ": error: " in lines[0], result
     assert all(str(word) in lines[0] for word in words), lines[0]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import common
 from common import (
@@ -104,7 +103,7 @@ def test_a_jpeg_that_is_decoded_small_is_close_to_one_decoded_whole(side, tmp_pa
 # ---------------------------------------------------------------------------------------------------------- folders
 
 
-def test_a_folder_is_searched_and_split_with_a_seed(photos):
+def test_a_folder_is_searched_and_split(photos):
     data = load_data(str(photos), 16)
     assert data.train.shape == (27, 3, 16, 16) and data.heldout.shape == (3, 3, 16, 16)
     assert data.train.dtype == data.heldout.dtype == torch.uint8
@@ -114,7 +113,6 @@ def test_a_folder_is_searched_and_split_with_a_seed(photos):
     everything = {bytes(image.numpy()) for image in torch.cat([data.train, data.heldout])}
     assert everything == {bytes(read_image(path, 16).contiguous().numpy()) for path in photos.rglob("*.png")}
     assert all(torch.equal(a, b) for a, b in zip(data[:2], load_data(str(photos), 16)[:2]))
-    assert not torch.equal(data.heldout, load_data(str(photos), 16, seed=1).heldout)
 
 
 def test_a_data_set_takes_one_byte_a_value(photos):
@@ -129,8 +127,7 @@ def test_files_that_cannot_be_read_are_skipped_counted_and_named_with_the_reason
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "1.JPG").read_bytes()[:200])
     (tmp_path / "empty.png").write_bytes(b"")
-    for name in ("notes.txt", "photo.HEIC", "another.heic"):
-        (tmp_path / name).write_text("not read")
+    (tmp_path / "notes.txt").write_text("not read")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     picture(80, 60).save(tmp_path / "panorama.png")
     data = load_data(str(tmp_path), 16)
@@ -139,17 +136,11 @@ def test_files_that_cannot_be_read_are_skipped_counted_and_named_with_the_reason
         bytes(image.numpy()) for image in torch.cat([data.train, data.heldout])
     }
     error = capsys.readouterr().err
-    assert "skipped 4" in error and "kinds: {'.heic': 2, '.txt': 1}" in error
-    named = re.findall(r"(\w+)\.\w+ \((.*?)\)(?:,|\n)", error.split("skipped 4")[1])
-    reasons = {"broken": "cannot identify", "cut": "runcated", "empty": "cannot identify", "panorama": "exceeds limit"}
+    assert "reading 30 files" in error and "skipped 5" in error
+    named = re.findall(r"(\w+)\.\w+ \((.*?)\)(?:,|\n)", error.split("skipped 5")[1])
+    reasons = dict.fromkeys(("broken", "empty", "notes"), "cannot identify")
+    reasons |= {"cut": "runcated", "panorama": "exceeds limit"}
     assert len(named) == 3 and all(reasons[name] in reason for name, reason in named), error
-
-
-def test_suffixes_are_those_of_torchvision_and_what_else_pillow_reads(tmp_path):
-    assert set(IMG_EXTENSIONS) <= common.SUFFIXES and {".gif", ".jfif"} <= common.SUFFIXES
-    for i in range(22):
-        picture(8, 8, i).save(tmp_path / f"{i}.{('tif', 'TIFF', 'ppm', 'jfif')[i % 4]}")
-    assert len(load_data(str(tmp_path), 8).paths) == 22
 
 
 def test_linked_folders_are_searched(tmp_path):
@@ -172,17 +163,16 @@ def test_the_split_and_the_checksum_depend_on_the_images_alone(photos, tmp_path,
         same = load_data(str(name), 16)
         assert same.checksum == data.checksum and torch.equal(same.heldout, data.heldout)
     picture(8, 8).save(tmp_path / "copy" / "0 first.png")
-    assert load_data("copy", 16).checksum != data.checksum != load_data(str(photos), 16, seed=1).checksum
+    assert load_data("copy", 16).checksum != data.checksum
 
 
 def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, photos):
     picture(8, 8).save(tmp_path / "one.png")
-    (tmp_path / "a.heic").write_text("not read")
     for name, words in (
         (tmp_path / "missing", "not a folder"),
         ("celebA", "faces, cifar10 or mnist"),
         (tmp_path / "one.png", "not a folder"),
-        (tmp_path, "1 readable images: give 20 or more ..*.bmp .*.webp"),
+        (tmp_path, "1 readable images: give 20 or more"),
         (photos / "more", "20 or more"),
     ):
         with pytest.raises(DataError, match=words) as error:
@@ -280,17 +270,16 @@ def test_attributes_that_do_not_fit_are_left_out_with_a_line_that_says_why(label
 # ------------------------------------------------------------------------------------------------------ torchvision
 
 
-def test_mnist_from_its_files(tmp_path):
-    digits, classes = (
-        np.random.RandomState(0).randint(0, 256, (40, 28, 28), np.uint8),
-        np.arange(40, dtype=np.uint8) % 10,
-    )
-    raw = tmp_path / "MNIST" / "raw"
+def test_mnist_from_its_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = np.random.RandomState(0).randint(0, 256, (40, 28, 28), np.uint8)
+    classes = np.arange(40, dtype=np.uint8) % 10
+    raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part in ("train", "t10k"):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 40, 28, 28) + digits.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 40) + classes.tobytes())
-    data = load_data("mnist", 28, root=tmp_path)
+    data = load_data("mnist", 28)
     assert data.train.shape == (36, 3, 28, 28) and data.heldout.shape == (4, 3, 28, 28) and len(data.attributes) == 10
     for images, labels in ((data.train, data.train_labels), (data.heldout, data.heldout_labels)):
         for image, label in zip(images, labels):
@@ -300,27 +289,29 @@ def test_mnist_from_its_files(tmp_path):
 
 def test_cifar10_from_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
     images = np.random.RandomState(0).randint(0, 256, (50, 3, 32, 32), np.uint8)
     for i in range(5):
         batch = {"data": images[10 * i : 10 * i + 10].reshape(10, -1), "labels": list(range(10))}
         (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    data = load_data("cifar10", 32, root=tmp_path)
+    data = load_data("cifar10", 32)
     assert data.train.shape == (45, 3, 32, 32) and data.attributes == tuple("abcdefghij")
     for image, label in zip(data.train, data.train_labels):
         (number,) = [i for i in range(50) if (images[i] == image.numpy()).all()]
         assert label.nonzero().item() == number % 10
-    assert load_data("cifar10", 16, root=tmp_path).train.shape == (45, 3, 16, 16)
+    assert load_data("cifar10", 16).train.shape == (45, 3, 16, 16)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist"])
 def test_a_failed_download_is_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(DataError, match="cannot be downloaded") as error:
-        load_data(name, 16, root=tmp_path / "data")
+        load_data(name, 16)
     assert "\n" not in str(error.value) and "give a folder of images" in str(error.value)
 
 

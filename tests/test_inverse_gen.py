@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, adam_by_hand, assert_refused, assert_same, load, log_of, refuse_reading_back, run_as_a_user
+from conftest import TINY, adam_by_hand, assert_same, load, log_of, refuse_reading_back, run_as_a_user
 from PIL import Image
 from torch import nn
 
@@ -487,21 +487,6 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
         assert set(shown) == set(list(figures)[:count])
 
 
-def test_a_query_shows_the_nearest_nine_of_the_gallery(monkeypatch, tmp_path, capsys):
-    shown, (nets, data, _) = [], stand_ins(300, 5)
-    data = data._replace(paths=())
-    monkeypatch.setattr(inverse_gen, "save_grid", lambda path, *images, **options: shown.append((images, options)))
-    x, path = data.train[270], tmp_path / "query.png"
-    distance = distances(x[None] / 255, data.train / 255)["codes"][0]
-    for count in (280, 260, 4):
-        order = np.argsort(distance[:count])[:9]
-        inverse_gen.save_query(path, nets, nets["IG"], x, data, count, torch.device("cpu"))
-        assert capsys.readouterr().out.splitlines() == [f"{distance[i]:8.3f}  training image {i}" for i in order]
-        (images,), options = shown.pop()
-        torch.testing.assert_close(images, torch.cat([x[None], data.train[order]]) / 127.5 - 1)
-        assert options == {"captions": [["query", *(f"{distance[i]:.2f}" for i in order)]]}
-
-
 # ------------------------------------------------------------------------------------------------------ command line
 
 
@@ -528,7 +513,7 @@ def test_the_settings_reach_the_steps_the_figures_and_the_results(method, photos
         monkeypatch.setattr(inverse_gen, name, lambda *args: calls.append(args) or function(*args))
 
     seen, data = {}, load_data(photos, 16)
-    for name in ("train_step", "save_figures", "save_found", "save_query", "measure_inversion", "measure_search"):
+    for name in ("train_step", "save_figures", "save_found", "measure_inversion", "measure_search"):
         spy(name)
     settings = ["--latent-dim", 7, "--lr", 1e-3, "--seed", 9, "--search-steps", 2, "--search-rate", 0.5, "--gallery", 3]
     rarely = ["--gan-steps", 3, "--steps", 4, "--log-every", 50, "--save-every", 50, "--method", method]
@@ -560,12 +545,11 @@ def test_the_settings_reach_the_steps_the_figures_and_the_results(method, photos
     assert figures == ([(4, False), (4, True)] if method == "search" else [(4, True)])
     with Image.open(tmp_path / "figure3_changed.png") as image:
         assert image.size == (3 * (5 * 64 + 4) + 4, 4 * 68 + 4)  # of three images
-    query = ["--query", photos / "1.png", "--search-rate", 2, "--out", tmp_path, "--device", "cpu"]
-    assert cli(inverse_gen, *query).status == 0
-    trained = {key[3:]: value for key, value in load(tmp_path)["networks"].items() if key.startswith("IG.")}
-    for invert, rate in zip((seen["measure_inversion"][0][1], seen["save_query"][0][2]), (0.5, 2)):
-        assert invert.args[1:] == (2, rate) if method == "search" else not invert.training
-        assert_same(dict(invert.state_dict()) if trained else {}, trained)
+    if method == "search":
+        assert invert.args[1:] == (2, 0.5)
+    else:
+        trained = {key[3:]: value for key, value in load(tmp_path)["networks"].items() if key.startswith("IG.")}
+        assert_same(dict(invert.state_dict()), trained)
 
 
 def test_recorded_or_stopped_in_either_stage_a_run_ends_in_the_same_bits(photos, tmp_path, cli, monkeypatch):
@@ -575,23 +559,14 @@ def test_recorded_or_stopped_in_either_stage_a_run_ends_in_the_same_bits(photos,
         return train_step(*args)
 
     small, train_step = ["--data", photos, *TINY, "--gan-steps", 5, "--steps", 11], inverse_gen.train_step
-    whole, recorded, path = tmp_path / "whole", tmp_path / "recorded", load_data(photos, 16).paths[5]
+    whole, recorded = tmp_path / "whole", tmp_path / "recorded"
     assert cli(inverse_gen, *small, "--out", whole).status == 0
     for stop, step in ((4, 4), (5, 4), (9, 8)):  # in the first stage, between the two, in the second
         run, counts = tmp_path / str(stop), itertools.count(-stop)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(inverse_gen, "train_step", stopped)
             cli(inverse_gen, *small, "--out", run)
-        before, query = load(run), ["--query", path, "--out", run, "--device", "cpu"]
-        assert before["step"] == step
-        if step < 6:
-            assert_refused(cli(inverse_gen, *query), run, f"step {step}", "IG is not trained yet")
-        for count, shown in ((27, 9), (3, 3)) if step > 5 else ():
-            lines = cli(inverse_gen, *query, "--gallery", count).out.splitlines()
-            assert len(lines) == shown and (run / "query.png").exists()
-            assert (lines[0].split() == ["0.000", str(path)]) == (count == 27)  # itself, where it is searched
-        assert_refused(cli(inverse_gen, *query, "--query", run / "no.png"), run)
-        assert_same(before, load(run))
+        assert load(run)["step"] == step
         assert cli(inverse_gen, "--resume", "--out", run, "--device", "cpu").status == 0
     graphs = conftest.graphs_on_the_cpu(monkeypatch, inverse_gen)
     assert cli(inverse_gen, *small, "--out", recorded).status == 0
