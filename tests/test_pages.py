@@ -66,10 +66,10 @@ def run_printed(code, folder, *arguments):
 def test_the_printed_programs_run(photos, tmp_path, cli):
     use, copy = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     draw_face(random.Random(5), 50)[0].save(tmp_path / "me.jpg")
-    run = tmp_path / "runs" / "aegan"
+    run = tmp_path / "runs" / "photos"
     assert cli(importlib.import_module("aegan"), "--data", photos, *TINY, "--steps", 2, "--out", run).status == 0
     run_printed(use, tmp_path)
-    assert (tmp_path / "me.png").stat().st_size > 500
+    assert all((tmp_path / name).stat().st_size > 500 for name in ("me.png", "new.png"))
     shown = run_printed(copy, tmp_path)
     assert shown.count("L_G_E") == 4 and (tmp_path / "samples.png").stat().st_size > 10_000
 
