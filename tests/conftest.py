@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import draw_face
+from common import Data, draw_face
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("aegan", "bigan_latent", "inverse_gen", "pagan", "vae_began")
@@ -132,6 +133,42 @@ def adam_by_hand(parameters, gradients, lr, moments, beta=0.5, epsilon=1e-8):
         m, v = moments[1][i] / (1 - beta ** moments[0]), moments[2][i] / (1 - 0.999 ** moments[0])
         with torch.no_grad():
             parameter -= lr * m / (v.sqrt() + epsilon)
+
+
+def random_data():
+    """1,100 random images of 16x16 to train on, darker than the 1,100 held out, the last of which are darkest."""
+    images = torch.randint(256, (2200, 3, 16, 16), dtype=torch.uint8)
+    images[2050:] //= 3
+    return Data(images[:1100] // 2, images[1100:], (), None, None, (), 0)
+
+
+def mean_distance(images):
+    """Of all pairs of images [N, 3, S, S], in NumPy."""
+    rows = np.asarray(images, np.float64).reshape(len(images), -1)
+    return np.mean([np.linalg.norm(rows[i] - rows[j]) for i in range(len(rows)) for j in range(i)])
+
+
+def sharpness_by_hand(x, originals):
+    """The mean step from a pixel to the next of images [N, 3, S, S], by that of the originals; the same of halves."""
+
+    def step(x):
+        return np.mean([np.abs(np.diff(x, axis=axis)).mean() for axis in (2, 3)])
+
+    def halves(x):
+        return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+    x, originals = np.asarray(x), np.asarray(originals)
+    of_halves = step(halves(x)) / step(halves(originals))
+    return {"sharpness": step(x) / step(originals), "sharpness_of_halves": of_halves}
+
+
+def count_passes(nets, function, *arguments):
+    """Call the function, and count the passes through each of the networks {name: network}: "G2 E1"."""
+    counts = dict.fromkeys(nets, 0)
+    for name, net in nets.items():
+        net.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    function(*arguments)
+    return " ".join(f"{name}{count}" for name, count in counts.items())
 
 
 def refuse_reading_back(monkeypatch):

@@ -29,7 +29,8 @@ class Classifier(nn.Module):
 
     def __init__(self, classes, channels=32):
         super().__init__()
-        layers, c_in = [], 3
+        layers = []
+        c_in = 3
         for c_out in (channels, 2 * channels, 4 * channels):
             layers += [nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
             c_in = c_out
@@ -43,7 +44,8 @@ class Classifier(nn.Module):
 
 def classes_of_attributes(data):
     """Class numbers of the training and the held-out images, int64 [M], [H]; -1 for a combination not trained."""
-    names, shares = range(len(data.attributes)), data.train_labels.float().mean(0)
+    names = range(len(data.attributes))
+    shares = data.train_labels.float().mean(0)
     if len(data.train_labels.unique(dim=0)) > 100:
         names = sorted(names, key=lambda i: abs(shares[i] - 0.5))[:5]
         print("attributes:", ", ".join(data.attributes[i] for i in names))
@@ -83,7 +85,9 @@ def main():
     if len(classes.unique()) < 2:
         sys.exit(f"make_classifier.py: error: {args.data} has neither attributes nor two sub-folders of images")
     count = int(classes.max()) + 1
-    net, start, pad = Classifier(count), time.time(), max(1, args.image_size // 16)
+    net = Classifier(count)
+    start = time.time()
+    pad = max(1, args.image_size // 16)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=args.steps)
     for step in range(args.steps):

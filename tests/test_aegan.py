@@ -4,6 +4,7 @@ from functools import partial
 from itertools import product
 from unittest.mock import MagicMock
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -227,11 +228,7 @@ def test_gradients_of_the_losses_are_right_and_which_networks_each_reaches(model
 @pytest.mark.parametrize("model, passes", [("aegan", "G2 E2 D_x1 D_z1"), ("gan", "G1 D_x1"), ("aae", "G1 E1 D_z1")])
 def test_nothing_is_made_twice_so_one_draw_of_noise_serves_all_losses(model, passes):
     nets, x, z = tiny(model)
-    counts = dict.fromkeys(nets, 0)
-    for name, net in nets.items():
-        net.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
-    aegan.LOSSES[model](nets, x, z, WEIGHTS)
-    assert " ".join(f"{name}{count}" for name, count in counts.items()) == passes
+    assert conftest.count_passes(nets, aegan.LOSSES[model], nets, x, z, WEIGHTS) == passes
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -276,26 +273,15 @@ def test_batches_are_the_images_half_of_them_mirrored_and_normal_latents():
 
 @pytest.mark.parametrize("model", aegan.MODELS)
 def test_measure_against_numpy(model):
-    def spread(x):
-        return np.mean([np.linalg.norm(x[i] - x[j]) for i in range(len(x)) for j in range(i)])
-
-    def edges(x):
-        return np.abs(x[:, :, 1:] - x[:, :, :-1]).mean() + np.abs(x[..., 1:] - x[..., :-1]).mean()
-
-    def halves(x):
-        return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
-
-    images = torch.randint(256, (2200, 3, 16, 16), dtype=torch.uint8)
-    images[2050:] //= 3  # so that not all parts of the held-out images are alike
-    data = Data(images[:1100] // 2, images[1100:], (), None, None, (), 0)
-    nets, z = tiny(model)[0].float().eval().requires_grad_(False), torch.randn(20, 5)
+    data = conftest.random_data()
+    nets = tiny(model)[0].float().eval().requires_grad_(False)
+    z = torch.randn(20, 5)
     train, x = (part.numpy() / 127.5 - 1 for part in (data.train, data.heldout[:1000]))  # of 1,100
     x_hat = nets["G"](z)
-    expected = {"sample_diversity": spread(x_hat.numpy()) / spread(x[:20])}
+    expected = {"sample_diversity": conftest.mean_distance(x_hat) / conftest.mean_distance(x[:20])}
     if model != "gan":
         x_tilde = nets["G"](nets["E"](torch.from_numpy(x).float())).numpy()
-        expected |= {"heldout_l1": np.abs(x_tilde - x).mean(), "sharpness": edges(x_tilde) / edges(x)}
-        expected["sharpness_of_halves"] = edges(halves(x_tilde)) / edges(halves(x))
+        expected |= {"heldout_l1": np.abs(x_tilde - x).mean(), **conftest.sharpness_by_hand(x_tilde, x)}
         expected["latent_mse"] = np.square((nets["E"](x_hat) - z).numpy()).mean()
         expected["heldout_l1_of_mean_image"] = np.abs(x - train.mean(0)).mean()
     for training in (True, False):

@@ -33,12 +33,12 @@ def test_it_prints_a_table_and_writes_json(tmp_path):
     assert result.returncode == 0 and "inverse_gen gan" in result.stdout, result
     found = json.loads((tmp_path / "b.json").read_text())
     tasks = {row["task"]: row["steps"] for row in found["rows"]}
-    assert tasks == {"inverse_gen gan": 2500, "inverse_gen aegan": 1500} and found["peak"] > 0
+    assert tasks == {"inverse_gen gan": 2500, "inverse_gen aegan": 1500}
     for row in found["rows"]:
-        assert row["ratio"] == pytest.approx(row["script"] / row["plain"]) and row["operations_per_step"] > 1e8
+        assert row["ratio"] == pytest.approx(row["script"] / row["plain"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_a_recorded_step_is_faster_than_an_eager_one_and_that_than_the_plain_loop(tmp_path):
     row = benchmark.measure("inverse_gen gan", torch.device("cuda"), tmp_path, 1, 0.5)
-    assert row["script"] > row["eager"] > row["plain"] > 0 and row["peak_memory"] > 0
+    assert row["script"] > row["eager"] > row["plain"] > 0 and row["memory"] > 0

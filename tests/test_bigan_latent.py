@@ -4,6 +4,7 @@ import math
 from unittest.mock import MagicMock
 from urllib.error import URLError
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -344,21 +345,6 @@ def test_train_step_of_four_images_and_three_latents_against_autograd_by_hand(la
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("unroll, frozen", [(0, ("G.0", "E.layers.1", "D.of_x")), (1, ("G.0", "E.layers.1"))])
-def test_frozen_weights_stay_and_an_optimizer_without_a_network_is_refused(unroll, frozen):
-    nets, optimizer, x, z = tiny()
-    for name in frozen:
-        nets.get_submodule(name).requires_grad_(False)
-    before = copy.deepcopy(nets)
-    bigan_latent.train_step(nets, optimizer, None, EX7, unroll, x, z)
-    changed = {name for (name, a), b in zip(nets.named_parameters(), before.parameters()) if not torch.equal(a, b)}
-    assert changed == {name for name, _ in nets.named_parameters() if not name.startswith(frozen)}
-    for name in nets:
-        some = nn.ModuleDict({other: nets[other] for other in nets if other != name})
-        with pytest.raises(ValueError, match="optimizer|torch.optim.Adam"):
-            bigan_latent.train_step(nets, bigan_latent.build_optimizer(some, 2e-4), None, EX7, unroll, x, z)
-
-
 def test_batches_are_the_images_and_uniform_latents():
     images = draw_faces(10, 16)[0].repeat(50, 1, 1, 1)
     torch.manual_seed(0)
@@ -370,28 +356,12 @@ def test_batches_are_the_images_and_uniform_latents():
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def mean_distance(images):
-    """Of all pairs."""
-    flat = np.asarray(images, np.float64).reshape(len(images), -1)
-    return np.mean([np.sqrt(((flat[i] - flat[j]) ** 2).sum()) for i in range(len(flat)) for j in range(i)])
-
-
-def mean_step(images):
-    """From a pixel to the next, in rows and in columns."""
-    return np.mean([np.abs(np.diff(images.numpy(), axis=axis)).mean() for axis in (2, 3)])
-
-
-def halves(x):
-    return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
-
-
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_measure_against_numpy(stochastic):
     nets = tiny(3, channels=4, stochastic=stochastic)[0].float()
     other = copy.deepcopy(nets).eval()
-    images, z = torch.randint(256, (2200, 3, 16, 16), dtype=torch.uint8), torch.rand(20, 5) * 2 - 1
-    images[2050:] //= 3  # so that not all parts of the held-out images are alike
-    data = Data(images[:1100] // 2, images[1100:], (), None, None, (), 0)
+    data = conftest.random_data()
+    z = torch.rand(20, 5) * 2 - 1
     G, E, D = other["G"], other["E"], other["D"]
     x = torch.from_numpy(data.heldout[:1000].numpy() / np.float32(127.5) - 1)  # of 1,100
     with torch.no_grad():
@@ -406,16 +376,15 @@ def test_measure_against_numpy(stochastic):
             "d_on_reconstructions": 100 * sigmoid(D(x_tilde, z_hat).numpy()).mean(),
             "d_on_samples": 100 * sigmoid(D(x_hat, z).numpy()).mean(),
             "latent_l1": np.abs((E(x_hat) - z).numpy()).mean(),
-            "sample_diversity": mean_distance(x_hat) / mean_distance(x[:20]),
-            "sharpness": mean_step(x_tilde) / mean_step(x),
-            "sharpness_of_halves": mean_step(halves(x_tilde)) / mean_step(halves(x)),
+            "sample_diversity": conftest.mean_distance(x_hat) / conftest.mean_distance(x[:20]),
+            **conftest.sharpness_by_hand(x_tilde, x),
         }
     for training in (True, False):
         assert bigan_latent.measure(nets.train(training), data, z) == pytest.approx(expected, rel=1e-4)
         assert all(module.training == training for module in nets.modules())  # the mode that it found
     assert_same(dict(nets.state_dict()), dict(other.state_dict()))
     assert expected["sharpness"] > 0.01
-    flat = bigan_latent.measure(nets, data._replace(heldout=torch.full_like(images[:30], 7)), z)
+    flat = bigan_latent.measure(nets, data._replace(heldout=torch.full_like(data.train[:30], 7)), z)
     unknown = ["sharpness", "sharpness_of_halves", "sample_diversity"]
     assert [name for name, value in flat.items() if not math.isfinite(value)] == unknown
 

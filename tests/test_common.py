@@ -218,21 +218,17 @@ def test_attributes_of_a_folder(labelled, place, data, lines):
     assert_labels_belong_to_their_images(load_data(str(labelled / data), 8))
 
 
-@pytest.mark.parametrize("data", [".", "Img", "Img/img_align_celeba"])
-def test_celeba_as_its_official_archive_is(labelled, data):
-    for folder in ("Img", "Anno"):
-        (labelled / folder).mkdir()
-    (labelled / "images").rename(labelled / "Img" / "img_align_celeba")
-    (labelled / "Anno" / "list_attr_celeba.txt").write_text("\n".join(CELEBA))
-    assert_labels_belong_to_their_images(load_data(str(labelled / data), 8))
-
-
-@pytest.mark.parametrize("data", [".", "img_align_celeba", "img_align_celeba/img_align_celeba"])
-def test_celeba_as_the_widespread_archive_is(labelled, data):
-    (labelled / "img_align_celeba").mkdir()
-    (labelled / "images").rename(labelled / "img_align_celeba" / "img_align_celeba")
-    (labelled / "list_attr_celeba.csv").write_text("\n".join(KAGGLE))
-    assert_labels_belong_to_their_images(load_data(str(labelled / data), 8))
+@pytest.mark.parametrize(
+    "folder, file, lines",
+    [("Img", "Anno/list_attr_celeba.txt", CELEBA), ("img_align_celeba", "list_attr_celeba.csv", KAGGLE)],
+)
+def test_celeba_as_its_two_archives_are(labelled, folder, file, lines):
+    (labelled / folder).mkdir()
+    (labelled / "images").rename(labelled / folder / "img_align_celeba")
+    (labelled / file).parent.mkdir(exist_ok=True)
+    (labelled / file).write_text("\n".join(lines))
+    for data in (".", folder, f"{folder}/img_align_celeba"):
+        assert_labels_belong_to_their_images(load_data(str(labelled / data), 8))
 
 
 def test_two_images_of_one_name_share_no_row(labelled, capsys):

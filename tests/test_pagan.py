@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, TINY, adam_by_hand, load, log_of, run_as_a_user
+from conftest import ROOT, TINY, adam_by_hand, count_passes, load, log_of, mean_distance, run_as_a_user
 from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -249,11 +249,7 @@ def test_which_networks_a_loss_reaches(reconstruction):
 @pytest.mark.parametrize("reconstruction, passes", [("pair", "G1 E1 D_x1 D_z1 D_xx1"), ("l1", "G1 E1 D_x1 D_z1")])
 def test_nothing_is_made_twice_so_one_z_hat_serves_all_losses(reconstruction, passes):
     nets, *batch = tiny(reconstruction)
-    counts = dict.fromkeys(nets, 0)
-    for name, net in nets.items():
-        net.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
-    pagan.LOSSES[reconstruction](nets, *batch)
-    assert " ".join(f"{name}{count}" for name, count in counts.items()) == passes
+    assert count_passes(nets, pagan.LOSSES[reconstruction], nets, *batch) == passes
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -315,14 +311,17 @@ def test_rid():
     assert rid(sure, sure.flip(1)) == pytest.approx(math.exp(200)) and rid(sure, sure) == 1
 
 
-def test_inception_score():
-    assert pagan.inception_score(torch.full((40, 8), 1 / 8)) == pytest.approx((1, 0), abs=1e-6)
-    assert pagan.inception_score(torch.eye(8).repeat(10, 1)) == pytest.approx((8, 0), abs=1e-5)  # each class a split
+@pytest.mark.parametrize("script", [pagan, vae_began])
+def test_inception_score_of_known_and_of_random_probabilities(script):
+    assert script.inception_score(torch.full((40, 8), 1 / 8)) == pytest.approx((1, 0), abs=1e-6)
+    assert script.inception_score(torch.eye(8).repeat(10, 1)) == pytest.approx((8, 0), abs=1e-5)  # each class once
+    assert script.inception_score(torch.eye(8)[:1].expand(40, -1)) == pytest.approx((1, 0), abs=1e-6)
     p = torch.randn(67, 7).double().softmax(1)
-    scores = []
-    for part in np.array_split(p.numpy(), 10):
-        scores.append(np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
-    assert pagan.inception_score(p) == pytest.approx((np.mean(scores), np.std(scores)))
+    for splits in (3, 10):
+        scores = []
+        for part in np.array_split(p.numpy(), splits):
+            scores.append(np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
+        assert script.inception_score(p, splits) == pytest.approx((np.mean(scores), np.std(scores)))
 
 
 def test_fid_against_the_root_of_the_product():
@@ -385,9 +384,9 @@ def test_measure_against_numpy(kind, training):
     x, u, mean = to_float(data.heldout[:1000]), uniform(1000), (data.train.numpy() / 127.5 - 1).mean(0)
     with torch.no_grad():
         rec, blur, crop = nets["G"](nets["E"](x)[:, :5]), pagan.blur(x, u), pagan.crop(x, u, 0.2)
-        distances = [np.linalg.norm(y[:, None] - y, axis=2) for y in (nets["G"](z).flatten(1), x[:80].flatten(1))]
+        diversity = mean_distance(nets["G"](z)) / mean_distance(x[:80])
     l1 = {name: np.abs(y - x.numpy()).mean() for name, y in zip(("rec", "mean"), (rec.numpy(), mean))}
-    expected = {"sample_diversity": distances[0].mean() / distances[1].mean(), "heldout_l1": l1["rec"]}
+    expected = {"sample_diversity": diversity, "heldout_l1": l1["rec"]}
     expected |= {"heldout_l1_of_mean_image": l1["mean"], "rmse_255": 127.5 * ((rec - x).numpy() ** 2).mean() ** 0.5}
     for name, y in (("blur", blur), ("crop", crop)):
         expected |= {f"l1_of_{name}": np.abs((y - x).numpy()).mean(), f"l2_of_{name}": ((y - x).numpy() ** 2).mean()}

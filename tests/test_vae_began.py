@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -212,12 +213,10 @@ def test_losses_against_numpy_gradcheck_and_which_networks_they_reach(model, eta
 
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_is_made_twice_so_one_draw_of_noise_serves_all_losses(model):
-    nets, counts = tiny(model), {}
-    for name, net in nets.items():
-        for part in net.children() if name == "D" else [net]:
-            part.register_forward_hook(lambda *_, part=part: counts.update({part: counts.get(part, 0) + 1}))
-    vae_began.LOSSES[model](nets, WEIGHTS, *random_batch(model))
-    assert list(counts.values()) == [1] * (4 if model == "vae-began" else 3)  # G, E and D's halves
+    nets = tiny(model)
+    parts = {name: nets[name] for name in ("G", "E") if name in nets} | dict(nets["D"].named_children())
+    passes = conftest.count_passes(parts, vae_began.LOSSES[model], nets, WEIGHTS, *random_batch(model))
+    assert passes == " ".join(f"{name}1" for name in parts) and len(parts) == (4 if model == "vae-began" else 3)
 
 
 def test_models_without_an_encoder_need_a_latent_for_each_image():
@@ -280,15 +279,6 @@ def score_in_numpy(p, splits=10):
     return np.mean(scores), np.std(scores)
 
 
-@pytest.mark.parametrize("options", [{}, {"splits": 3}])
-def test_inception_score_of_known_and_of_random_probabilities(options):
-    assert vae_began.inception_score(torch.full((40, 8), 1 / 8)) == pytest.approx((1, 0), abs=1e-6)
-    assert vae_began.inception_score(torch.eye(8).repeat(10, 1)) == pytest.approx((8, 0), abs=1e-5)  # each class once
-    assert vae_began.inception_score(torch.eye(8)[:1].expand(40, -1)) == pytest.approx((1, 0), abs=1e-6)
-    p = torch.randn(67, 7).double().softmax(1)
-    assert vae_began.inception_score(p, **options) == pytest.approx(score_in_numpy(p, **options))
-
-
 class Classifier(nn.Module):
     """Logits of the four corners' colours, and four features; half of it is dropped where it is not evaluated."""
 
@@ -303,10 +293,6 @@ def probabilities(images):
     return p / p.sum(1, keepdims=True)
 
 
-def distance(images):
-    return np.mean([np.linalg.norm(a - b) for i, a in enumerate(images) for b in images[:i]])
-
-
 def in_one(net, inputs):
     return net(torch.from_numpy(inputs)).numpy()
 
@@ -315,15 +301,13 @@ def in_one(net, inputs):
 @pytest.mark.parametrize("model", MODELS)
 def test_measure_against_numpy(model):
     nets, z, G = tiny(model).float(), torch.randn(80, 5), lambda z: in_one(nets["G"], z)
-    images = torch.randint(256, (2200, 3, 16, 16), dtype=torch.uint8)
-    images[2050:] //= 3  # so that not all parts of the held-out images are alike
-    data = Data(images[:1100] // 2, images[1100:], (), None, None, (), 0)
+    data = conftest.random_data()
     train, x = ((part.numpy() / 127.5 - 1).astype(np.float32) for part in (data.train, data.heldout[:1000]))  # of 1,100
     z_g, epsilon = torch.randn(2, 1000, 5, generator=torch.Generator().manual_seed(0)).numpy()
     losses = losses_by_hand(model, nets, WEIGHTS, 0.4, x, z_g, epsilon, in_one)
     expected = {"l1_of_d_on_real": losses["L_d"], "l1_of_d_on_samples": losses["L_g"], "k": 0.4}
     expected |= {"eta_measured": losses["eta_measured"], "convergence_measure": losses["convergence"]}
-    expected["sample_diversity"] = distance(G(z.numpy())) / distance(x[:80])
+    expected["sample_diversity"] = conftest.mean_distance(G(z.numpy())) / conftest.mean_distance(x[:80])
     if model == "vae-began":
         mean, log_variance = np.split(in_one(nets["E"], x), 2, axis=1)
         expected["heldout_l1"] = np.abs(G(mean) - x).mean()
