@@ -86,7 +86,7 @@ def read_image(path, size):
     """One image file -> uint8 [3, size, size]: upright, over white, the centre square, antialiased; of several
     frames the first. Raises what Pillow raises on a file that it cannot read."""
     with Image.open(path) as image:
-        image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8, if this much is left
+        image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded smaller, by 2, 4 or 8, but not below this
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
             grey = np.asarray(image, np.float32) / 257  # 65535 -> 255
@@ -147,7 +147,7 @@ def _read_attributes(folder, paths):
         names = rows[0][1:] if rows else []  # the first column is of file names
     table = {}
     for row in rows[1:]:
-        if len(row) == 1 + len(names) and {*row[1:]} <= {"0", "1", "-1"}:  # an image with another row is missing below
+        if len(row) == 1 + len(names) and {*row[1:]} <= {"0", "1", "-1"}:  # images with other rows are `missing` below
             table[row[0]] = [value == "1" for value in row[1:]]
     count = Counter(path.name for path in paths)
 
@@ -252,7 +252,7 @@ def draw_face(rng, size):
     dy = 20 * (rng.random() - 0.5)
     a, b = math.cos(tilt), math.sin(tilt)
     affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)
-    image = image.transform((250, 250), Image.Transform.AFFINE, affine)
+    image = image.transform((250, 250), Image.Transform.AFFINE, affine)  # tilted, shifted, without the margin
     return image.resize((size, size), Image.Resampling.BOX), parts
 
 
