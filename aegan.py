@@ -162,7 +162,7 @@ class Generator(nn.Module):
 
 
 def build_networks(model, image_size, channels, latent_dim):
-    """The networks of MODELS[model], in training mode. All four are built, so that each starts alike in all models."""
+    """The networks of MODELS[model], in training mode. With one seed a network starts alike in every model."""
     if model not in MODELS or image_size not in IMAGE_SIZES:
         raise ValueError(f"model {model}, size {image_size}: there are {list(MODELS)} and {list(IMAGE_SIZES)}")
     nets = nn.ModuleDict({"G": Generator(image_size, channels, latent_dim)})
@@ -416,7 +416,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, but for --no-graph."""
+    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, unless --no-graph."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)

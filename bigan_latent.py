@@ -285,7 +285,7 @@ def adam_step(theta, gradient, m, v, t, group):
     beta_1, beta_2 = group["betas"]
     m = beta_1 * m + (1 - beta_1) * gradient
     v = beta_2 * v + (1 - beta_2) * gradient**2
-    # -expm1(t log beta) is 1 - beta^t, which is near 0, with digits that float32 would lose.
+    # 1 - beta^t, written as -expm1(t log beta), which keeps digits that float32 would lose in the difference.
     m_hat = m / -torch.expm1(t * math.log(beta_1))
     v_hat = v / -torch.expm1(t * math.log(beta_2))
     return theta - group["lr"] * m_hat / ((v_hat + TINY).sqrt() + group["eps"]), m, v
@@ -474,7 +474,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, but for --no-graph."""
+    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, unless --no-graph."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)

@@ -553,7 +553,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, but for --no-graph."""
+    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, unless --no-graph."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)

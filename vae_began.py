@@ -51,7 +51,6 @@ Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
     - BEGAN has uniform z and a learning rate of its own. Here all three models have this paper's.
     - Algorithm 1 updates E, G and D in turn, from one forward pass. Here all gradients are taken before any update.
-    - Algorithm 1 updates k before D. Here k is updated after D. The result is the same, since Eq. 13 has k_{t-1}.
 """
 
 import json
@@ -503,7 +502,7 @@ def parse_args(argv):
 
 
 def open_device(args):
-    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, but for --no-graph."""
+    """The torch.device of the run, and whether a step is recorded as a CUDA graph: on CUDA, unless --no-graph."""
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         device = torch.device(args.device)
