@@ -63,7 +63,7 @@ BETAS, EPSILON = (0.5, 0.999), 1e-7  # of Adam; Keras's epsilon
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options
 AT_LEAST_0 = ("lr", "lr_discriminator", "alpha", "lambda_rx", "lambda_rz")
-MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
+MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # options that --resume lets differ from the run's
 QUICK = dict(image_size=16, channels=16, steps=1100, save_every=300, lr=5e-4, alpha=0.05, lambda_rz=0.5)
 
 
@@ -267,7 +267,7 @@ def trainable(optimizer, *networks):
 
 
 def train_step(nets, optimizer, model, weights, x, z):
-    """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
+    """Update every network, by gradients all taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[model](nets, x, z, weights)
     optimizer.zero_grad()
     # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
@@ -304,10 +304,10 @@ def record(step, inputs):
 
 
 def save_interpolations(path, nets, x_1, x_2, count=8):
-    """Figure 1: in a row x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+    """Figure 1: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
+    save_grid(path, x_1, *between, x_2, columns=1)  # each batch is one column, so each row is one walk
 
 
 @torch.no_grad()
@@ -346,10 +346,10 @@ def measure(nets, data, z):
     results = {"sample_diversity": sample_diversity(x_hat, x[: len(z)])}
     if "E" in nets:
         x_tilde = torch.cat([nets["G"](nets["E"](part)) for part in x.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
         results["heldout_l1"] = F.l1_loss(x_tilde, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
-        results["sharpness"] = (edges(x_tilde) / edges(x)).item()
+        results["sharpness"] = (edges(x_tilde) / edges(x)).item()  # and the same at half the size:
         results["sharpness_of_halves"] = (edges(F.avg_pool2d(x_tilde, 2)) / edges(F.avg_pool2d(x, 2))).item()
         results["latent_mse"] = F.mse_loss(nets["E"](x_hat), z).item()
     nets.train(was_training)
@@ -390,15 +390,15 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--no-graph", action="store_true", help="on CUDA: run each step anew; else one is recorded and replayed")
+    add("--no-graph", action="store_true", help="on CUDA: launch each step anew, not as a recorded CUDA graph")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
+    args = parser.parse_args(argv)  # a first time: some arguments decide the defaults of the others
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])
+            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():

@@ -17,10 +17,10 @@ it would be after K further updates.
     python bigan_latent.py --experiment EX8 --out runs/ex8    # another row of Table 1
 
 paper -> code
-    Section 3    its pairs q = (x, z') and p = (x', z) are (x, z_hat) and (x_hat, z) here: z_hat = E(x), x_hat = G(z)
+    Section 3    the pairs (x, z') and (x', z)          q = (x, z_hat), p = (x_hat, z): z_hat = E(x), x_hat = G(z)
     Figures 1-3  the three networks                     Generator, Encoder, Discriminator
     Eq. 1, Eq. 2, Eq. 3: the objective of a BiGAN       discriminator_loss (for D), generator_loss (for G, E)
-    Eq. 4, 6     penalties on pixels and on latents     penalty
+    Eq. 4, 6     penalties: L_AE, pixels; L_AD, latents penalty
     Eq. 5        penalty on features                    feature_penalty; Features is H
     Eq. 7        the other penalty on latents, L_AD'    measure: autodecoder_q (not used for training)
     Footnote 1   a variance of E                        Encoder; --stochastic-encoder
@@ -33,17 +33,17 @@ paper -> code
     Section 5    mode collapse; who fools D             sample_diversity; measure: d_on_reconstructions, ...
 
 Rulings, where the paper is silent or contradicts itself
-    - Section 3 prints p(x|z) for G and q(z|x) for E, then q(x|z) and p(z|x). We use p(x|z) for G, q(z|x) for E.
+    - Section 3 writes p(x|z) for G and q(z|x) for E, but later swaps the letters. We keep p for G and q for E.
     - Figures 1-3 name kinds of layers, no widths or kernels. We use those of soumith/dcgan.torch, since Section 5 bases
-      G on DCGAN. D's dense layers are ours: 8 * --channels = 512 units for z, 128 for x and z, with dropout.
+      G on DCGAN. D's dense layers are ours: 8 * --channels units for z, then 2 * --channels, with dropout, for both.
     - Decay 0.97 and dropout 0.8 are in TensorFlow's terms: in torch's, momentum 0.03 and a dropout probability of 0.2.
-    - In training D normalises the batches (x, E(x)) and (G(z), z) each by itself.
-    - Pictures and results use batch norm's running averages. G's are updated by G(z), and by G(E(x)) where lambda_2 or
-      lambda_3 is not 0 (EX8, but not EX7); E's by E(x), and by E(G(z)) where lambda_1 is not 0.
-    - The pseudo-Huber of Eq. 4, 6 and 7 is that of each coordinate, averaged, since Section 4 wants each dimension of z
-      reconstructed. In Eq. 5 it is that of the norm, since H has 9,216 coordinates and length 1.
+    - In training D's batch norm takes its statistics from (x, E(x)) and (G(z), z) separately, as two batches.
+    - Pictures and results use batch norm's running averages. Every pass in training updates them: in G, G(z), and
+      G(E(x)) too if lambda_2 or lambda_3 is not 0; in E, E(x), and E(G(z)) too if lambda_1 is not 0.
+    - Eq. 4, 6 and 7 average the pseudo-Huber loss over coordinates, since Section 4 wants each dimension of z
+      reconstructed. Eq. 5 takes it of the norm: H is a unit vector, its 9,216 coordinates are each far below gamma.
     - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
-      current weights and moments, and have gradients through these steps. The first one is also D's real step.
+      current weights and moments, and have gradients through these steps. The first equals the step D then takes.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
 Departures
     - In Eq. 3 G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). Here they minimise generator_loss, with swapped
@@ -79,7 +79,7 @@ EXPERIMENTS = {  # Table 1; weights of Eq. 6, 4 and 5
     "EX8": {"lambda_1": 2.5, "lambda_2": 1.0, "lambda_3": 0.0},
     "EX9": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 1.0},
 }
-IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # widths down to 4x4, in --channels
+IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # widths of the layers, down to 4x4, times --channels
 REAL = 0.9  # D's label of real pairs: one-sided label smoothing (Section 5)
 LEAK = 0.2  # slope of the leaky ReLU (Section 5)
 batch_norm = partial(nn.BatchNorm2d, momentum=1 - 0.97)  # (Section 5)
@@ -92,7 +92,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every")  # options
 AT_LEAST_0 = ("lr", "lambda_1", "lambda_2", "lambda_3", "unroll")
-MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # these may differ from the run's with --resume
+MAY_CHANGE = ("data", "steps", "log_every", "save_every")  # options that --resume lets differ from the run's
 QUICK = dict(image_size=16, channels=32, latent_dim=32, steps=1700, unroll=1, lr=5e-4, save_every=500)
 
 
@@ -108,20 +108,20 @@ def conv_stack(widths):
 
 
 class Generator(nn.Sequential):
-    """G: latents [N, Z], z in [-1, 1] or E(x), which is unbounded -> images [N, 3, S, S] in [-1, 1]."""
+    """G: latents [N, Z], either z in [-1, 1] or E(x), unbounded -> images [N, 3, S, S] in [-1, 1]."""
 
     def __init__(self, image_size, channels, latent_dim):
         widths = [channels * w for w in reversed(IMAGE_SIZES[image_size])]
         layers = [nn.Linear(latent_dim, widths[0] * 4 * 4, bias=False), nn.Unflatten(1, (widths[0], 4, 4))]
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [batch_norm(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]
-        layers += [batch_norm(channels), nn.ReLU(), nn.ConvTranspose2d(channels, 3, 4, 2, 1)]
+        layers += [batch_norm(widths[-1]), nn.ReLU(), nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1)]
         super().__init__(*layers, nn.Tanh())
 
 
 class Encoder(nn.Module):
-    """E: images x [N, 3, S, S] in [-1, 1] -> latents z_hat [N, Z]; if stochastic (footnote 1), in training a sample of
-    the Gaussian whose mean and log-variance the layers give, else its mean."""
+    """E: images x [N, 3, S, S] in [-1, 1] -> latents z_hat [N, Z]. If stochastic (footnote 1), the layers give the mean
+    and log-variance of a Gaussian: z_hat is a sample of it in training mode, its mean in evaluation mode."""
 
     def __init__(self, image_size, channels, latent_dim, stochastic=False):
         super().__init__()
@@ -192,14 +192,14 @@ def build_networks(image_size, channels, latent_dim, stochastic=False):
 
 
 def discriminator_loss(d_q, d_p):
-    """Minus Eq. 1, Eq. 2, Eq. 3, for D to minimise: -E_q[log D(x, E(x))] - E_p[log(1 - D(G(z), z))], but with the label
-    0.9 in place of 1 for q. d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z)."""
+    """Eq. 1 to 3, negated, for D to minimise: -mean log D(x, E(x)) - mean log(1 - D(G(z), z)), but with the label 0.9
+    in place of 1 for q. d_q, d_p: D's logits [N, 1] of pairs (x, E(x)) and (G(z), z)."""
     loss_q = F.binary_cross_entropy_with_logits(d_q, torch.full_like(d_q, REAL))
     return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.zeros_like(d_p))
 
 
 def generator_loss(d_q, d_p):
-    """Instead of Eq. 1, Eq. 2, Eq. 3, for G and E: -E_q[log(1 - D(x, E(x)))] - E_p[log D(G(z), z)], labels swapped, not
+    """In place of Eq. 1 to 3, for G and E: -mean log(1 - D(x, E(x))) - mean log D(G(z), z), with labels swapped and not
     smoothed. It has Eq. 3's optimum, but not its value. d_q, d_p: as in discriminator_loss."""
     loss_q = F.binary_cross_entropy_with_logits(d_q, torch.zeros_like(d_q))
     return loss_q + F.binary_cross_entropy_with_logits(d_p, torch.ones_like(d_p))
@@ -224,7 +224,7 @@ def feature_penalty(h_tilde, h):
 def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
     """One forward pass: images x [N, 3, S, S] in [-1, 1], latents z [M, Z] in [-1, 1] -> {name: scalar}.
     D minimises L_D, G and E minimise L_G_E; the others are terms of L_G_E. weights: {"lambda_1": number, ...}; where
-    one is 0, its penalty is not computed and 0. H: None if lambda_3 is 0. optimizer, unroll: see unrolled_logits."""
+    one is 0, its penalty is returned as 0. H: None if lambda_3 is 0. optimizer, unroll: see unrolled_logits."""
     G, E, D = nets["G"], nets["E"], nets["D"]
     x_hat, z_hat = G(z), E(x)
     q, p = (x, z_hat), (x_hat, z)
@@ -253,7 +253,7 @@ def unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll):
     group = adam_group(D, optimizer)
     names, theta = zip(*D.named_parameters())  # theta: D's weights; in the loop those after each step
     buffers = {name: buffer.clone() for name, buffer in D.named_buffers()}  # batch norm writes to these, not to D's
-    zero = torch.zeros((), device=d_q.device)  # first moments and step number, if D has made no step yet
+    zero = torch.zeros((), device=d_q.device)  # moments and step number, if D has made no step yet
     states = [optimizer.state.get(parameter, {}) for parameter in theta]
     m = [state.get("exp_avg", zero) for state in states]
     v = [state.get("exp_avg_sq", zero) for state in states]
@@ -314,7 +314,7 @@ def trainable(optimizer, *networks):
 
 
 def train_step(nets, optimizer, H, weights, unroll, x, z):
-    """One update of every network, with gradients taken before any moves. Returns the losses: see bigan_losses."""
+    """Update every network, by gradients all taken before any network moves. Returns the losses: see bigan_losses."""
     losses = bigan_losses(nets, optimizer, H, weights, unroll, x, z)
     optimizer.zero_grad()
     # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
@@ -349,15 +349,15 @@ def percents(D, x, z):
 
 
 def save_interpolations(path, nets, x_1, x_2, count=8):
-    """Walks: in a row x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+    """Walks: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
+    save_grid(path, x_1, *between, x_2, columns=1)  # each batch is one column, so each row is one walk
 
 
 @torch.no_grad()
 def save_figures(nets, data, z, out, step):
-    """Figures 5, 7, ... (samples_<step>.png, of 100 of the latents z [N, Z]), Figures 6, 8, ...
+    """Figures 5, 7, ... (samples_<step>.png, G of the first 100 latents z [N, Z]), Figures 6, 8, ...
     (reconstructions_<step>.png, of up to ten held-out images) and walks (figure_interpolations.png)."""
     was_training = nets.training
     nets.eval()
@@ -366,7 +366,7 @@ def save_figures(nets, data, z, out, step):
     x_hat, z_hat = nets["G"](z), nets["E"](x)
     x_tilde = nets["G"](z_hat)
     save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])  # a list for each batch
-    texts = [percents(nets["D"], x, z_hat), percents(nets["D"], x_tilde, z_hat)]  # both with the code of x
+    texts = [percents(nets["D"], x, z_hat), percents(nets["D"], x_tilde, z_hat)]  # both with z_hat = E(x)
     save_grid(out / f"reconstructions_{step}.png", x, x_tilde, columns=5, captions=texts)
     pairs = len(x) // 2
     save_interpolations(out / "figure_interpolations.png", nets, x[:pairs], x[pairs : 2 * pairs])
@@ -396,12 +396,12 @@ def measure(nets, data, z):
     d_real = torch.cat([D(*pair) for pair in zip(x.split(250), z_hat.split(250))])
     d_tilde = torch.cat([D(*pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
     x_hat = G(z)
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
     results = {
         "heldout_l1": F.l1_loss(x_tilde, x).item(),
         "heldout_l1_of_mean_image": F.l1_loss(mean_image.expand_as(x), x).item(),
         "sharpness": (edges(x_tilde) / edges(x)).item(),
-        "sharpness_of_halves": (edges(F.avg_pool2d(x_tilde, 2)) / edges(F.avg_pool2d(x, 2))).item(),
+        "sharpness_of_halves": (edges(F.avg_pool2d(x_tilde, 2)) / edges(F.avg_pool2d(x, 2))).item(),  # at half the size
         "autodecoder_q": penalty(z_tilde, z_hat).item(),  # Eq. 7, L_AD'
         "latent_l1": F.l1_loss(E(x_hat), z).item(),
         "d_on_real": 100 * d_real.sigmoid().mean().item(),
@@ -447,16 +447,16 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--no-graph", action="store_true", help="on CUDA: run each step anew; else one is recorded and replayed")
+    add("--no-graph", action="store_true", help="on CUDA: launch each step anew, not as a recorded CUDA graph")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)  # to know --experiment, --out, --resume and --quick, which set defaults
+    args = parser.parse_args(argv)  # a first time: some arguments decide the defaults of the others
     parser.set_defaults(**EXPERIMENTS[args.experiment])
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])
+            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():

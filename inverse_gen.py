@@ -239,8 +239,8 @@ def trainable(optimizer, *networks):
 
 
 def train_step(nets, optimizer, stage, x, z):
-    """One update of the networks that the stage (gan, aegan, direct or bigan) trains, with gradients taken before any
-    network moves. Sets the networks' modes. Returns the losses: see LOSSES."""
+    """Update the networks that the stage (gan, aegan, direct or bigan) trains, by gradients taken before any network
+    moves. Sets the networks' modes. Returns the losses: see LOSSES."""
     with_gan = stage in ("gan", "bigan")
     nets.train()
     nets["G"].train(with_gan)  # else G is frozen: in evaluation mode, and not among the inputs below
@@ -437,7 +437,7 @@ def measure_inversion(nets, invert, data, z, count):
     """Table 1 and Figure 5, of images generated from z [N, Z]; reconstructions of up to count held-out images."""
     x = to_unit(data.heldout[:count].to(z.device))
     x_prime = torch.cat([generate(nets["G"], invert(part)) for part in x.split(250)])
-    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
+    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
     samples = generate(nets["G"], z)
     again = generate(nets["G"], invert(samples))
     restored = generate(nets["G"], invert(blur(samples)))
@@ -523,15 +523,15 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--no-graph", action="store_true", help="on CUDA: run each step anew; else one is recorded and replayed")
+    add("--no-graph", action="store_true", help="on CUDA: launch each step anew, not as a recorded CUDA graph")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
+    args = parser.parse_args(argv)  # a first time: some arguments decide the defaults of the others
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])
+            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():

@@ -74,7 +74,7 @@ CONTRAST = (0.5, 1.5)  # least and greatest factor
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "channels", "log_every", "save_every", "samples")  # options
 AT_LEAST_0 = ("lr", "crop")
-MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # --resume lets them differ
 QUICK = dict(image_size=16, channels=16, latent_dim=64, batch_size=16, crop=0.06, steps=2200, lr=3e-4, save_every=1000)
 
 
@@ -263,7 +263,7 @@ def trainable(optimizer, *networks):
 
 
 def train_step(nets, optimizer, reconstruction, x, x_aug, z, epsilon):
-    """One update of every network, with gradients taken before any network moves. Returns the losses: see LOSSES."""
+    """Update every network, by gradients all taken before any network moves. Returns the losses: see LOSSES."""
     losses = LOSSES[reconstruction](nets, x, x_aug, z, epsilon)
     optimizer.zero_grad()
     # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
@@ -354,8 +354,8 @@ def frechet_inception_distance(features_a, features_b):
 
 
 def load_classifier(name, image_size, device):
-    """The classifier of --classifier: a function of images [N, 3, S, S] in [-1, 1] to (logits [N, C], features [N, F]).
-    none: None. inception: torchvision's Inception v3, from its cache or fetched by it. Otherwise a TorchScript file.
+    """The classifier of --classifier: images [N, 3, S, S] in [-1, 1] -> (logits [N, C], features [N, F]).
+    `none` gives None; `inception` torchvision's Inception v3, from its cache or fetched by it; else a TorchScript file.
     DataError if it cannot be had, or does not give such tensors."""
     if name == "none":
         return None
@@ -402,7 +402,7 @@ def measure(nets, data, z, augmentation, p, classifier, count):
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
     x_rec = torch.cat([reconstruct(nets, part) for part in x.split(100)])
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
     u = torch.rand(len(data.heldout), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
     results = {"sample_diversity": sample_diversity(nets["G"](z), x[: len(z)])}
     results["heldout_l1"] = F.l1_loss(x_rec, x).item()
@@ -464,15 +464,15 @@ def parse_args(argv):
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--no-graph", action="store_true", help="on CUDA: run each step anew; else one is recorded and replayed")
+    add("--no-graph", action="store_true", help="on CUDA: launch each step anew, not as a recorded CUDA graph")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
+    args = parser.parse_args(argv)  # a first time: some arguments decide the defaults of the others
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])
+            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():

@@ -12,7 +12,7 @@ says how much D minds the fakes; a PID controller moves it so that the losses of
 has to resemble x in its pixels (L_e) and in its code in D (L_s, a similarity that is learned).
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
-    python vae_began.py --data img_align_celeba/ --out runs/celeba  # list_attr_celeba.txt beside it
+    python vae_began.py --data img_align_celeba/ --out runs/celeba  # Figure 8: list_attr_celeba.txt beside the data
     python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
@@ -27,9 +27,9 @@ paper -> code
     Eq. 10, 11   eta, e_t; convergence (Section 3.4)  balance
     Eq. 12       PID controller                       Controller
     Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
-    Algorithm 1  1: build_networks; 2: draw_images (common.py); 4: make_inputs; 3, 5-13: vae_began_losses, train_step
+    Algorithm 1  line 1: build_networks; 2: draw_images; 4: make_inputs; 3, 5 to 13: vae_began_losses, train_step
     Table 1      Inception score of three models      measure_inception; --model, began_losses
-    Figures 2-4  samples; what D makes of them        save_figures; l1_of_d, balance (Section 5.2)
+    Figures 2-4  samples; what D makes of them        save_figures; its numbers (Section 5.2): l1_of_d, balance
     Figure 6     interpolation between real images    save_interpolations
     Figure 8     arithmetic with attributes           save_arithmetic, attribute_directions
     Left out     Figures 5 and 7 and the other rows of Table 1, which are of other papers' models
@@ -42,7 +42,7 @@ Rulings, where the paper is silent or contradicts itself
     - Beside Eq. 2 |x| is called the latent space's size. It is the number of pixels.
     - Section 4 draws z "from [0, 1]". We draw from N(0, I), as Eq. 3 says.
     - k, and e_{t-1} and e_{t-2} at the first step, are 0. k is kept in [0, 1], as in BEGAN.
-    - The networks are BEGAN's as in carpedm20/BEGAN-tensorflow. Its n is 128; below 128x128 pixels we use 64.
+    - The networks are BEGAN's as in carpedm20/BEGAN-tensorflow. Their width n is 128; below 128x128 pixels here 64.
     - Section 4's three pairs of convolutions are those of 32x32: we use log2(S) - 2, four at 64x64.
     - 16 images a step and Z = 64 are BEGAN's. Adam's betas and initial weights are torch's.
     - Eq. 9 needs E. Table 1's BEGAN* + LSM (BEGAN with L_s) has none: we compare D's codes of x and an unrelated x_g.
@@ -76,12 +76,12 @@ MODELS = {  # Table 1: beta, the weight of L_s, and the gains l1, l2, l3 of Eq. 
     "began-lsm": {"beta": 0.1, "gains": [1e-3, 1e-5, 1e-5]},
     "began": {"beta": 0.0, "gains": [1e-3, 0.0, 0.0]},
 }
-IMAGE_SIZES = {16: 64, 32: 64, 64: 64, 128: 128}  # side of the images: n, the width of their networks
+WIDTHS = {16: 64, 32: 64, 64: 64, 128: 128}  # side of the images: n, the width of their networks
 BLOCKS = {16: 2, 32: 3, 64: 4, 128: 5}  # pairs of convolutions in a network: R = log2(S) - 2
 EAGER_STEPS = 3  # run before a CUDA graph is recorded, so that libraries have chosen algorithms and Adam has moments
 AT_LEAST_1 = ("steps", "batch_size", "latent_dim", "filters", "log_every", "save_every")  # options
 AT_LEAST_0 = ("lr", "alpha", "beta", "gamma", "eta")
-MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # with --resume
+MAY_CHANGE = ("data", "steps", "log_every", "save_every", "classifier", "samples")  # --resume lets them differ
 SPLITS = 10  # parts of the images, each with an Inception score of its own
 QUICK = dict(image_size=16, filters=16, steps=1400, lr=1e-3, gamma=5.0, save_every=500)
 
@@ -159,8 +159,8 @@ class Controller(nn.Module):
 
 def build_networks(model, image_size, filters, latent_dim, gains):
     """G, D, the controller, and for "vae-began" E, with 2 Z outputs. ValueError for an unknown model or size."""
-    if model not in MODELS or image_size not in IMAGE_SIZES:
-        raise ValueError(f"model {model}, size {image_size}: there are {list(MODELS)} and {list(IMAGE_SIZES)}")
+    if model not in MODELS or image_size not in WIDTHS:
+        raise ValueError(f"model {model}, size {image_size}: there are {list(MODELS)} and {list(WIDTHS)}")
     nets = nn.ModuleDict({"G": Decoder(image_size, filters, latent_dim)})
     nets["D"] = Discriminator(image_size, filters, latent_dim)
     if model == "vae-began":
@@ -261,7 +261,7 @@ def trainable(optimizer, *networks):
 
 
 def train_step(nets, optimizer, model, weights, x, z_g, epsilon):
-    """One update of every network, with gradients taken before any network moves, then of k. Returns the losses."""
+    """Update every network, by gradients all taken before any network moves; then update k. Returns the losses."""
     losses = LOSSES[model](nets, weights, x, z_g, epsilon)
     optimizer.zero_grad()
     # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
@@ -301,10 +301,10 @@ def encode(nets, x):
 
 
 def save_interpolations(path, nets, x_1, x_2, count=8):
-    """Figure 6: in a row x_1, count images on the straight line from E(x_1) to E(x_2), x_2. x_1, x_2: [N, 3, S, S]."""
+    """Figure 6: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # one walk a row
+    save_grid(path, x_1, *between, x_2, columns=1)  # each batch is one column, so each row is one walk
 
 
 def attribute_directions(nets, data, device):
@@ -316,10 +316,10 @@ def attribute_directions(nets, data, device):
 def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)):
     """Figure 8: for each of A attributes its name and a row of G(z + strength * direction). z: [N, Z], of any N."""
     directions = attribute_directions(nets, data, z.device).nan_to_num()  # nan where all images have it, or none
-    z = z[torch.arange(len(directions)) % len(z)]  # [A, Z]
+    z = z[torch.arange(len(directions)) % len(z)]  # [A, Z]: a latent for each attribute, again from the first if A > N
     tiles = [nets["G"](z + strength * directions) for strength in strengths]  # a column of A images each
     names = [name.replace("_", "\n") for name in data.attributes]  # a word a line, so that it fits in a tile
-    captions = [names, *([f"{strength:+g}"] for strength in strengths)]  # strengths: on the first row alone
+    captions = [names, *([f"{strength:+g}"] for strength in strengths)]  # a list for each column, from its top
     white = torch.ones_like(tiles[0])  # a first column of white tiles, for the names
     save_grid(path, white, *tiles, columns=1, captions=captions)
 
@@ -359,9 +359,9 @@ def inception_score(probabilities, splits=SPLITS):
 
 
 def load_classifier(name, image_size, device):
-    """The classifier of --classifier: a function of images [N, 3, S, S] in [-1, 1] to a pair, logits [N, C] and more.
+    """The classifier of --classifier: images [N, 3, S, S] in [-1, 1] -> (logits [N, C], anything: not used).
 
-    none: None. inception: torchvision's Inception v3, from its cache or fetched by it. Otherwise a TorchScript file.
+    `none` gives None; `inception` torchvision's Inception v3, from its cache or fetched by it; else a TorchScript file.
     DataError if it cannot be had, or does not give such logits.
     """
     if name == "none":
@@ -408,7 +408,7 @@ def measure(nets, data, z, alpha, eta, classifier, count):
         x_v = torch.cat([G(part) for part in reparameterise(mean, log_variance, epsilon).split(250)])
         L_fake = L_g + alpha * l1_of_d(D, x_v)  # Eq. 6
         x_of_mean = torch.cat([G(part) for part in mean.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() refuses uint8
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
         results["heldout_l1"] = F.l1_loss(x_of_mean, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["kl_nats"] = z.shape[1] * kl_loss(mean, log_variance).item()
@@ -456,35 +456,35 @@ def parse_args(argv):
     add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), default=SUPPRESS, help=gains)
     files = "none, inception, or a TorchScript file: images to (logits, features). tests/make_classifier.py makes one"
     add("--classifier", default="none", help=files)
-    add("--samples", type=int, default=50_000, help="images in the Inception score, at most as many as to train on")
+    add("--samples", type=int, default=50_000, help="images in the Inception score, or all to train on if fewer")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
     add("--quick", action="store_true", help=f"faces within three minutes on two CPU cores: {quick}")
     add("--steps", type=int, default=300_000, help="updates of every network (Section 4)")
     add("--batch-size", type=int, default=16, help="images a step (BEGAN's)")
-    add("--image-size", type=int, choices=IMAGE_SIZES, default=64, help="side of the images in pixels (Figures 2, 3)")
+    add("--image-size", type=int, choices=WIDTHS, default=64, help="side of the images in pixels (Figures 2, 3)")
     add("--latent-dim", type=int, default=64, help="dimensions Z of the latents (BEGAN's)")
     add("--filters", type=int, default=64, help="n, width of the networks (128 where --image-size is 128)")
     add("--lr", type=float, default=5e-5, help="learning rate (Section 4)")
     add("--log-every", type=int, default=100, help="steps between lines of the log")
     add("--save-every", type=int, default=2000, help="steps between checkpoints, with pictures")
     add("--seed", type=int, default=0, help="of weights, batches and noise; the held-out images are always the same")
-    add("--no-graph", action="store_true", help="on CUDA: run each step anew; else one is recorded and replayed")
+    add("--no-graph", action="store_true", help="on CUDA: launch each step anew, not as a recorded CUDA graph")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)  # to know --out, --resume and --quick, which set defaults
+    args = parser.parse_args(argv)  # a first time: some arguments decide the defaults of the others
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])
+            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
         fail(f"{args.out} holds a run: continue it with --resume, or give another --out")
     else:
-        parser.set_defaults(**MODELS[args.model], filters=IMAGE_SIZES[args.image_size])
+        parser.set_defaults(**MODELS[args.model], filters=WIDTHS[args.image_size])
         if args.quick:
             parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)  # again: what is given wins over these defaults
