@@ -6,7 +6,7 @@
 
 A generator G from latents to images, an encoder E back, and discriminators D_x of images, D_z of latents. x_hat = G(z)
 and x_tilde = G(E(x)) must look real to D_x, z_hat = E(x) and z_tilde = E(G(z)) to D_z. Also x_tilde must equal x, and
-z_tilde z: so G and E become inverse to each other, G has to give back every image, and should not collapse.
+z_tilde z. This makes G and E inverse to each other. And as G has to give back every image, it should not collapse.
 
     python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python aegan.py --data photos/ --out runs/photos    # the paper's set-up on a folder of images
@@ -27,12 +27,12 @@ Rulings, where the paper is silent or contradicts itself
       those of the author's code, to which it refers: https://github.com/ConorLazarou/AEGAN-keras.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
     - The AAE has Eq. 4 and the image half of Eq. 6, as in that code.
-Departures that are that code's, too
+Departures from the paper, shared with that code
     - G and E minimise -log D(fake), not log(1 - D(fake)), and only D's labels are smoothed.
     - The norms of Eq. 6 are means, the second one squared: so the lambdas have another scale.
-    - Each parameter's gradient is clipped to a norm of 1. G's and E's Eq. 2 to 5 have a weight, alpha, which is 1.
+    - Each parameter's gradient is clipped to a norm of 1. For G and E the sum of Eq. 2 to 5 has a weight, alpha = 1.
 Departures of ours
-    - That code updates each network four times a step, on new batches. Here it is once, by gradients taken before.
+    - That code updates each network four times a step, on new batches. Here all are updated once, at the same time.
     - Each image of a batch is mirrored with probability 1/2, for the paper's mirrored copies.
 """
 
@@ -139,8 +139,8 @@ class Generator(nn.Module):
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
         doublings = IMAGE_SIZES[image_size]
-        # six: 1 1 2 2 1 1 at 16x16, 2 2 2 2 1 1 at 64x64, 2 2 2 2 2 2 at 256x256
-        self.scales = [1] * (4 - doublings) + [2] * doublings + [1] * min(2, 6 - doublings)
+        # enlargement before each of the six layers: 1 1 2 2 1 1 at 16x16, 2 2 2 2 1 1 at 64x64, 2 2 2 2 2 2 at 256x256
+        self.scales = ([1] * (4 - doublings) + [2] * doublings + [1] * 2)[:6]
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
         units = channels * 4 * 4  # 4x4 pixels
         self.trunk = nn.Sequential(nn.Linear(latent_dim, units), ChannelNorm(units), nn.ReLU())
@@ -156,7 +156,7 @@ class Generator(nn.Module):
         for scale, layer in zip(self.scales, self.layers):
             h = torch.cat([h, style.expand(-1, -1, *h.shape[2:])], dim=1)
             if scale > 1:
-                h = F.interpolate(h, scale_factor=scale)  # to the nearest neighbour
+                h = F.interpolate(h, scale_factor=scale)  # nearest neighbour
             h = layer(h)
         return h
 
@@ -289,7 +289,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -307,7 +307,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 1: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # each batch is one column, so each row is one walk
+    save_grid(path, x_1, *between, x_2, columns=1)  # row i: image i of every batch, side by side
 
 
 @torch.no_grad()
@@ -318,7 +318,7 @@ def save_figures(nets, data, z, out, step):
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     if "E" in nets:
         x = to_float(data.heldout[:40]).to(z.device)
-        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x)), columns=5)
+        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x)), columns=5)  # pairs a row
         pairs = min(5, len(x) // 2)
         x_1, x_2 = x[:pairs], x[pairs : 2 * pairs].clone()
         x_2[-1] = x_1[-1].flip(-1)  # the last pair: an image and its mirror image
@@ -346,7 +346,7 @@ def measure(nets, data, z):
     results = {"sample_diversity": sample_diversity(x_hat, x[: len(z)])}
     if "E" in nets:
         x_tilde = torch.cat([nets["G"](nets["E"](part)) for part in x.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
         results["heldout_l1"] = F.l1_loss(x_tilde, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["sharpness"] = (edges(x_tilde) / edges(x)).item()  # and the same at half the size:

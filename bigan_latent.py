@@ -35,15 +35,15 @@ paper -> code
 Rulings, where the paper is silent or contradicts itself
     - Section 3 writes p(x|z) for G and q(z|x) for E, but later swaps the letters. We keep p for G and q for E.
     - Figures 1-3 name kinds of layers, no widths or kernels. We use those of soumith/dcgan.torch, since Section 5 bases
-      G on DCGAN. D's dense layers are ours: 8 * --channels units for z, then 2 * --channels, with dropout, for both.
+      G on DCGAN. D's dense layers are ours: 8 * --channels units on z; 2 * --channels, with dropout, on x and z joined.
     - Decay 0.97 and dropout 0.8 are in TensorFlow's terms: in torch's, momentum 0.03 and a dropout probability of 0.2.
     - In training D's batch norm takes its statistics from (x, E(x)) and (G(z), z) separately, as two batches.
-    - Pictures and results use batch norm's running averages. Every pass in training updates them: in G, G(z), and
-      G(E(x)) too if lambda_2 or lambda_3 is not 0; in E, E(x), and E(G(z)) too if lambda_1 is not 0.
+    - Pictures and results use batch norm's running averages. In training G's are updated by G(z), and if
+      lambda_2 or lambda_3 is not 0 by G(E(x)); E's are updated by E(x), and if lambda_1 is not 0 by E(G(z)).
     - Eq. 4, 6 and 7 average the pseudo-Huber loss over coordinates, since Section 4 wants each dimension of z
-      reconstructed. Eq. 5 takes it of the norm: H is a unit vector, its 9,216 coordinates are each far below gamma.
+      reconstructed. Eq. 5 takes it of the norm: on H's 9,216 coordinates, all far below gamma, it would be quadratic.
     - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
-      current weights and moments, and have gradients through these steps. The first equals the step D then takes.
+      weights and moments, and get gradients through them. The first of the K is the very step that D makes itself.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
 Departures
     - In Eq. 3 G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). Here they minimise generator_loss, with swapped
@@ -79,7 +79,7 @@ EXPERIMENTS = {  # Table 1; weights of Eq. 6, 4 and 5
     "EX8": {"lambda_1": 2.5, "lambda_2": 1.0, "lambda_3": 0.0},
     "EX9": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 1.0},
 }
-IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # widths of the layers, down to 4x4, times --channels
+IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # side: width / --channels of each layer that halves it
 REAL = 0.9  # D's label of real pairs: one-sided label smoothing (Section 5)
 LEAK = 0.2  # slope of the leaky ReLU (Section 5)
 batch_norm = partial(nn.BatchNorm2d, momentum=1 - 0.97)  # (Section 5)
@@ -329,7 +329,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -352,7 +352,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Walks: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # each batch is one column, so each row is one walk
+    save_grid(path, x_1, *between, x_2, columns=1)  # row i: image i of every batch, side by side
 
 
 @torch.no_grad()
@@ -365,7 +365,7 @@ def save_figures(nets, data, z, out, step):
     x = to_float(data.heldout[:10]).to(z.device)
     x_hat, z_hat = nets["G"](z), nets["E"](x)
     x_tilde = nets["G"](z_hat)
-    save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])  # a list for each batch
+    save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])  # one batch, so one list
     texts = [percents(nets["D"], x, z_hat), percents(nets["D"], x_tilde, z_hat)]  # both with z_hat = E(x)
     save_grid(out / f"reconstructions_{step}.png", x, x_tilde, columns=5, captions=texts)
     pairs = len(x) // 2
@@ -396,7 +396,7 @@ def measure(nets, data, z):
     d_real = torch.cat([D(*pair) for pair in zip(x.split(250), z_hat.split(250))])
     d_tilde = torch.cat([D(*pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
     x_hat = G(z)
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
     results = {
         "heldout_l1": F.l1_loss(x_tilde, x).item(),
         "heldout_l1_of_mean_image": F.l1_loss(mean_image.expand_as(x), x).item(),
@@ -426,7 +426,7 @@ def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    add = parser.add_argument
+    add = parser.add_argument  # those with default=SUPPRESS get their default from set_defaults, below
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--experiment", choices=EXPERIMENTS, default="EX7", help="row of Table 1 that sets the next three")
     add("--lambda-1", type=float, default=SUPPRESS, help="weight of Eq. 6: latents z against E(G(z))")
@@ -450,7 +450,7 @@ def parse_args(argv):
     add("--no-graph", action="store_true", help="on CUDA: launch each step anew, not as a recorded CUDA graph")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)  # a first time: some arguments decide the defaults of the others
-    parser.set_defaults(**EXPERIMENTS[args.experiment])
+    parser.set_defaults(**EXPERIMENTS[args.experiment])  # lambda_1 to lambda_3, where not given
     path = args.out / "checkpoint.pt"
     checkpoint = None
     if args.resume:

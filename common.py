@@ -73,7 +73,7 @@ def place_images(images, device):
 
 
 def draw_images(images, count, device):
-    """count random ones of the images uint8 [M, 3, S, S], with replacement, on the torch.device: [count, 3, S, S]."""
+    """Draw count of the uint8 images [M, 3, S, S] at random, with replacement: [count, 3, S, S] on the torch.device."""
     return images[torch.randint(len(images), (count,), device=images.device)].to(device)
 
 
@@ -152,15 +152,15 @@ def _read_attributes(folder, paths):
     count = Counter(path.name for path in paths)
 
     def key_of(path):
-        """Its path from the folder of the attribute file; or its name, if no other image has that name."""
+        """Its path from the folder of the attribute file, if in table or another image has its name; else its name."""
         key = Path(os.path.relpath(path, file.parent)).as_posix()
         return key if key in table or count[path.name] > 1 else path.name
 
     keys = [key_of(path) for path in paths]
     missing = [key for key in keys if key not in table]
     if missing:
-        missed = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
-        print(f"going on without attributes: {file} has no {len(names)} values 0 or 1 for {missed}", file=sys.stderr)
+        missed = f"{len(names)} values 0 or 1 for {len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
+        print(f"going on without attributes: {file} has no row of {missed}", file=sys.stderr)
         return nothing
     return names, torch.tensor([table[key] for key in keys], dtype=torch.bool)
 
@@ -183,15 +183,15 @@ def _load_torchvision(dataset, size):
 def save_grid(path, *batches, columns=10, captions=()):
     """Save images as one picture, row by row; small ones enlarged by a whole factor, without blur.
 
-    batches: one or more [N, 3, S, S] in [-1, 1] (clipped), on any device. Image i of all batches stand side by side, as
-    group i: pairs of original and reconstruction, say. columns: how many groups a row. captions: captions[b][i] is
-    written into the top-left corner of image i of batch b; both lists may be shorter.
+    batches: one or more [N, 3, S, S] in [-1, 1] (clipped), on any device. Group i is image i of every batch, side by
+    side: an original and its reconstruction, say. columns: how many groups a row. captions: captions[b][i] is written
+    into the top-left corner of image i of batch b; there may be fewer captions than images or batches.
     """
     groups = []
     for images, texts in zip_longest(batches, captions, fillvalue=()):
         tiles = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
         factor = max(1, 64 // images.shape[-1])  # to 64 pixels
-        tiles = F.interpolate(tiles, scale_factor=factor)  # to the nearest neighbour
+        tiles = F.interpolate(tiles, scale_factor=factor)  # nearest neighbour
         for tile, text in zip(tiles, texts):
             image = to_pil_image(tile)
             pen = ImageDraw.Draw(image)
@@ -237,7 +237,7 @@ def draw_face(rng, size):
     # 250x250 pixels, with a margin of 40 around them for the tilt and the shift
     image = Image.new("RGB", (330, 330), colours["background"])
     pen = ImageDraw.Draw(image)
-    across = 2.5 * (0.9 + 0.2 * rng.random())  # pixels that a percent is wide; it is 2.5 high
+    across = 2.5 * (0.9 + 0.2 * rng.random())  # pixels per percent in x; in y they are always 2.5
     for part, colour, shape, (x0, y0, x1, y1), *arguments in FACE:
         if part not in parts:
             continue
@@ -251,7 +251,7 @@ def draw_face(rng, size):
     dx = 25 * (rng.random() - 0.5)
     dy = 20 * (rng.random() - 0.5)
     a, b = math.cos(tilt), math.sin(tilt)
-    affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)
+    affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)  # (125, 125) shows (165 + dx, 165 + dy)
     image = image.transform((250, 250), Image.Transform.AFFINE, affine)  # tilted, shifted, without the margin
     return image.resize((size, size), Image.Resampling.BOX), parts
 

@@ -8,7 +8,7 @@ https://arxiv.org/abs/1703.10094
 First a DCGAN is trained, then its generator G is frozen and made the decoder of an autoencoder, whose encoder, the
 inverse generator IG, learns to invert it. Only generated images x = G(z) are used, and IG minimises the difference of
 the images x and G(IG(x)), not that of the noise z and IG(x): where G maps several z to one image, any of them will do.
-The code IG(x) of a real image says what the image shows: the nearest code finds a similar image.
+IG(x), the code of a real image x, says what x shows: among other images, that with the nearest code looks similar.
 
     python inverse_gen.py --quick                            # cartoon faces within three minutes on two CPU cores
     python inverse_gen.py --data photos/ --out runs/photos   # the paper's set-up on a folder of images
@@ -32,13 +32,14 @@ paper -> code
 Rulings, where the paper is silent or contradicts itself
     - Table 3 is of 64x64 images. 16x16 and 32x32 leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - It says no number of steps. We take 50,000 for each of the two stages; the BiGAN and search have one, of 100,000.
+    - It says no number of steps. We take 50,000 for each of the two stages; 100,000 for the BiGAN, or search's DCGAN.
     - Eq. 3 has labels, Section 4.1 has none. We use none. Eq. 3 and 5 are means over dimensions or pixels.
     - Eq. 8 prints a plain gradient step, the Appendix has Adam. We use Adam.
     - Eq. 2 has no start, rate or end. We start from z = 0 and keep z in [-1, 1]; --search-rate, --search-steps.
     - It gives no sizes. Ours: dHash has 9x8 grey pixels, pHash 32x32, the histogram 8x8x8 bins, blur 1/16 of the side.
 Departures
-    - G minimises -log D(G(z)), as DCGAN does. G and IG of the BiGAN have labels swapped, as in BiGAN's code.
+    - G minimises -log D(G(z)), as DCGAN does. G and IG of the BiGAN minimise D's loss with real and fake swapped,
+      as in BiGAN's code.
     - D and G step at once; in DCGAN D is first. As in DCGAN, D(x) and D(G(z)) are batch-normalised separately.
     - The two kinds of pairs of the BiGAN go through D in one batch, since with two batches samples collapsed.
 """
@@ -78,7 +79,7 @@ QUICK = dict(image_size=16, channels=32, latent_dim=32, gan_steps=2500, steps=40
 
 
 def conv_widths(image_size, channels):
-    """Channels of the layers from the image to 4x4, in D and IG; G has them in reverse. S = 64: f, 2f, 4f, 8f."""
+    """Widths of layers from the image to 4x4, in D and IG; G has them in reverse. S = 64: channels * 1, 2, 4, 8."""
     return [channels * 2**i for i in range(IMAGE_SIZES[image_size])]
 
 
@@ -258,7 +259,7 @@ def train_step(nets, optimizer, stage, x, z):
 
 
 def stage_of(step, method, gan_steps):
-    """The stage of a step, see train_step: gan up to gan_steps, then IG's (Section 3.2). bigan and search have one."""
+    """Stage of a step: gan up to gan_steps, then the method (Section 3.2). bigan: always bigan; search: always gan."""
     if method == "bigan":
         return "bigan"
     return "gan" if method == "search" or step <= gan_steps else method
@@ -269,7 +270,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -351,7 +352,7 @@ def nearest(distance):
 
 
 def label_agreement(distance, query_labels, gallery_labels):
-    """Table 2: the share of labels in which queries, bool [Q, A], and the nearest of the gallery, [M, A], agree."""
+    """Table 2: the share of labels equal in a query and its nearest gallery image. Labels: bool [Q, A] and [M, A]."""
     share_with_label = nearest(distance) @ gallery_labels.double()
     return torch.where(query_labels, share_with_label, 1 - share_with_label).mean().item()
 
@@ -413,7 +414,7 @@ def save_figures(nets, invert, data, z, out, step):
 @torch.no_grad()
 def save_found(out, descriptors, data, described):
     """Saves queries, each beside what codes, dHash, pHash and colours find. Those of Figure 3 are the gallery's first
-    four images, changed, one row a change; those of Figure 4 up to 64 held-out ones. Arguments: measure_search."""
+    four images, changed, one row a change; those of Figure 4 up to 64 held-out ones. Arguments: see measure_search."""
     codes = described["codes"]
     gallery = data.train[: len(codes)]
     four = to_unit(gallery[:4].to(codes.device))
@@ -424,7 +425,7 @@ def save_found(out, descriptors, data, described):
         found = distances(describe(queries, descriptors), described)
         best = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]  # [Q] each
         shown = [queries.cpu(), *(to_unit(gallery[rows]) for rows in best)]
-        save_grid(out / file, *map(to_signed, shown), columns=len(four), captions=captions)  # so many queries a row
+        save_grid(out / file, *map(to_signed, shown), columns=len(four), captions=captions)  # four queries a row
 
 
 def sample_diversity(samples, images):
@@ -437,7 +438,7 @@ def measure_inversion(nets, invert, data, z, count):
     """Table 1 and Figure 5, of images generated from z [N, Z]; reconstructions of up to count held-out images."""
     x = to_unit(data.heldout[:count].to(z.device))
     x_prime = torch.cat([generate(nets["G"], invert(part)) for part in x.split(250)])
-    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
+    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
     samples = generate(nets["G"], z)
     again = generate(nets["G"], invert(samples))
     restored = generate(nets["G"], invert(blur(samples)))
@@ -604,7 +605,7 @@ def main(argv=None):
     images = place_images(data.train, device)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
-        if step in (begin + 1, args.gan_steps + 1):  # the first step of this run, or of IG's stage
+        if step in (begin + 1, args.gan_steps + 1):  # the first step of this run, or of IG's stage (if it has one)
             stage = stage_of(step, args.method, args.gan_steps)
             step_function = partial(train_step, nets, optimizer, stage)
             first_step = step
@@ -635,7 +636,7 @@ def main(argv=None):
             torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    if begin == args.steps or args.method == "search":  # this call has saved no picture, or none of inversion
+    if begin == args.steps or args.method == "search":  # the loop saved no picture, or none of inversion
         save_figures(nets, invert, data, z_shown, out, args.steps)
     untrained = build_networks("aegan", args.image_size, args.channels, args.latent_dim)["IG"].to(device)
     results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)

@@ -27,21 +27,21 @@ slides -> code
     Drawbacks (table)          measure: l1_of_blur, l2_of_crop, ...; perceptual: left out
     Samples, Reconstructions   save_figures
     Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
-    Ablation, Augmentation     --reconstruction l1, --augmentation none; --augmentation, --crop; other models: left out
+    Ablation; Augmentation     --reconstruction l1, --augmentation none (rest left out); --augmentation, --crop
 
 Rulings, where the slides are silent or disagree with themselves
     - They name no networks. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage less or
       more for 16x16 and 64x64. G's dense layer has batch norm, too, as in public code of SNGAN (chainer-gan-lib).
     - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
     - They name no settings. We take Z = 128, N(0, I), batches of 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
-    - Three names are not defined. We read: PAGAN-L1 has L1 in place of D_xx; in PAGAN-NOAUG a(x) is x; the tables' row
-      AUG has RID of a(x) in place of G(E(x)).
+    - Three names are not defined. We read: PAGAN-L1 has L1 in place of D_xx; in PAGAN-NOAUG a(x) is x; AUG, a row of
+      the tables, is no model: it is the RID of x and a(x), where the other rows have that of x and G(E(x)).
     - Crop pads by reflection. The padding is 0.1 of the side (the slides' best by IS and FID), rounded to pixels.
     - They give no strengths of blur and contrast: ours are BLUR and CONTRAST, below.
     - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
 Departures
     - The slides' D is in [0, 1]; ours gives logits. Their p(x|z) is a distribution; ours is the point G(z).
-    - L1, and L2 in the results, are means over pixels, not squared norms as printed. PAGAN-L1's L1 has weight 10.
+    - The slides print L1 and L2 as squared norms; ours are means over pixels. PAGAN-L1's L1 has weight 10.
     - The five updates are Adam's, not plain gradient steps. x_pr and x_rec share one batch normalisation in G.
 """
 
@@ -64,7 +64,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "pagan"
-IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths at S, S/2, ..., 4, in --channels
+IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths / --channels, at S, S/2, ..., 4
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
@@ -105,7 +105,7 @@ class Encoder(nn.Sequential):
 
 
 class ImageDiscriminator(nn.Sequential):
-    """D_x: images x [N, 3, S, S] in [-1, 1] -> logits [N, 1], positive for real ones; D_xx: x, y -> for (x, a(x))."""
+    """Images [N, 3, S, S] in [-1, 1] -> logits [N, 1]: D_x(x), positive if x is real; D_xx(x, y), if y is a(x)."""
 
     def __init__(self, image_size, channels, image_count):
         widths = [channels * w for w in IMAGE_SIZES[image_size]]
@@ -154,9 +154,9 @@ def crop(x, u, p):
     offsets = (u * (2 * pad + 1)).long()  # from 0 to twice the padding
     pixels = offsets[:, :, None] + torch.arange(size, device=x.device)  # (N, 2, S): the rows and the columns to keep
     rows, columns = pixels.unbind(dim=1)  # (N, S) each
-    rows = rows[:, None, :, None].expand(-1, 3, -1, size + 2 * pad)  # (N, 3, S, S + 2 pad): the whole width at first
-    columns = columns[:, None, None, :].expand(-1, 3, size, -1)  # (N, 3, S, S)
-    return F.pad(x, (pad,) * 4, mode="reflect").gather(2, rows).gather(3, columns)
+    padded = F.pad(x, (pad,) * 4, mode="reflect")
+    image = torch.arange(len(x), device=x.device)[:, None, None]  # each is cut at its own rows and columns
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()  # from (N, S, S, 3)
 
 
 def blur(x, u, p=None):
@@ -166,7 +166,7 @@ def blur(x, u, p=None):
     radius = math.ceil(3 * BLUR[1] * size)
     distance = torch.arange(-radius, radius + 1, device=x.device)
     kernel = (-((distance / sigma) ** 2) / 2).softmax(dim=1)  # (N, 2r + 1): softmax is exp() made to sum to 1
-    kernels = kernel.repeat_interleave(channels, 0)[:, None, None]  # (3N, 1, 1, 2r + 1): one a colour of an image
+    kernels = kernel.repeat_interleave(channels, 0)[:, None, None]  # (3N, 1, 1, 2r + 1): one for each plane
     planes = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, 3N, S + 2r, S + 2r)
     across = F.conv2d(planes, kernels, groups=count * channels)  # each plane by its own kernel
     return F.conv2d(across, kernels.mT, groups=count * channels).view_as(x)  # and down
@@ -282,7 +282,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -304,8 +304,8 @@ def reconstruct(nets, x):
 
 @torch.no_grad()
 def save_figures(nets, data, z, out, step, p):
-    """samples_<step>.png, of 100 of the latents z [N, Z], reconstructions_<step>.png, of up to 40 held-out images, and
-    figure_augmentations.png, original, blur, contrast and crop by p."""
+    """samples_<step>.png: G of 100 of the latents z [N, Z]; reconstructions_<step>.png: up to 40 held-out images;
+    figure_augmentations.png: originals, then their blur, contrast and crop by p."""
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:40]).to(z.device)
@@ -342,8 +342,8 @@ def inception_score(probabilities, splits=10):
 
 def frechet_inception_distance(features_a, features_b):
     """FID: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of means m and covariances C (Heusel et al. 2017).
-    features: [N, F], [M, F], N, M > 1. The root's trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2), a symmetric matrix.
-    Where N < F, rounding makes some of its eigenvalues negative: these are set to 0."""
+    features: [N, F], [M, F], N, M > 1. tr (C_a C_b)^(1/2) = tr S^(1/2), where S = C_a^(1/2) C_b C_a^(1/2) is symmetric.
+    Where N < F, rounding makes some eigenvalues of C_a and S negative: these are set to 0."""
     features_a, features_b = features_a.double(), features_b.double()
     cov_a, cov_b = features_a.T.cov(), features_b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
@@ -395,14 +395,14 @@ def judge(classifier, images):
 
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier, count):
-    """Figures of merit of up to 1,000 held-out images and of G(z), z [N, Z]; L1 and L2 of blur and of crop by p.
-    With a classifier also IS and FID of count samples, and RID of up to count held-out images. Beside them stand IS and
-    FID of training images, and RID with a(x) (the row AUG) or the mean image in place of G(E(x))."""
+    """Of up to 1,000 held-out images L1 and RMSE; beside them L1 and L2 of blur and crop. Diversity of G(z), z [N, Z].
+    With a classifier IS and FID of count samples; beside them those of training images. RID of up to count held-out
+    images; beside it RID with a(x) (the row AUG) and with the mean image in place of G(E(x))."""
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
     x_rec = torch.cat([reconstruct(nets, part) for part in x.split(100)])
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
     u = torch.rand(len(data.heldout), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
     results = {"sample_diversity": sample_diversity(nets["G"](z), x[: len(z)])}
     results["heldout_l1"] = F.l1_loss(x_rec, x).item()
@@ -447,10 +447,10 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
-    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: PAGAN-NOAUG (not used to train l1)")
+    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: PAGAN-NOAUG; l1 trains without a(x)")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
     add("--classifier", default="none", help="none, inception, or a file of tests/make_classifier.py")
-    add("--samples", type=int, default=10_000, help="samples in IS and FID, and most real images in FID and RID")
+    add("--samples", type=int, default=10_000, help="samples in IS and FID; at most as many real images in FID, RID")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -487,7 +487,7 @@ def parse_args(argv):
     if args.samples < 10:  # the splits of the Inception score
         fail(f"--samples {args.samples}: must be at least 10")
     if args.crop > 0.5 or 0 < args.crop * args.image_size <= 0.5:
-        fail(f"--crop {args.crop}: must be 0, or at most 0.5 and more than half a pixel, which rounds to one")
+        fail(f"--crop {args.crop}: must be 0, or above {0.5 / args.image_size} (half a pixel) and at most 0.5")
     if args.out.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"--out {args.out} is in --data {args.data}, so that its pictures would be read as data: give another")
     return args, checkpoint

@@ -12,7 +12,7 @@ says how much D minds the fakes; a PID controller moves it so that the losses of
 has to resemble x in its pixels (L_e) and in its code in D (L_s, a similarity that is learned).
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
-    python vae_began.py --data img_align_celeba/ --out runs/celeba  # Figure 8: list_attr_celeba.txt beside the data
+    python vae_began.py --data img_align_celeba/ --out runs/celeba  # with list_attr_celeba.txt beside it: Figure 8
     python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
@@ -29,7 +29,7 @@ paper -> code
     Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
     Algorithm 1  line 1: build_networks; 2: draw_images; 4: make_inputs; 3, 5 to 13: vae_began_losses, train_step
     Table 1      Inception score of three models      measure_inception; --model, began_losses
-    Figures 2-4  samples; what D makes of them        save_figures; its numbers (Section 5.2): l1_of_d, balance
+    Figures 2-4  samples; what D makes of them        save_figures; numbers of Section 5.2: l1_of_d, balance
     Figure 6     interpolation between real images    save_interpolations
     Figure 8     arithmetic with attributes           save_arithmetic, attribute_directions
     Left out     Figures 5 and 7 and the other rows of Table 1, which are of other papers' models
@@ -42,10 +42,10 @@ Rulings, where the paper is silent or contradicts itself
     - Beside Eq. 2 |x| is called the latent space's size. It is the number of pixels.
     - Section 4 draws z "from [0, 1]". We draw from N(0, I), as Eq. 3 says.
     - k, and e_{t-1} and e_{t-2} at the first step, are 0. k is kept in [0, 1], as in BEGAN.
-    - The networks are BEGAN's as in carpedm20/BEGAN-tensorflow. Their width n is 128; below 128x128 pixels here 64.
+    - The networks are BEGAN's as in carpedm20/BEGAN-tensorflow. Their width n is 128, here 64 for images below 128x128.
     - Section 4's three pairs of convolutions are those of 32x32: we use log2(S) - 2, four at 64x64.
     - 16 images a step and Z = 64 are BEGAN's. Adam's betas and initial weights are torch's.
-    - Eq. 9 needs E. Table 1's BEGAN* + LSM (BEGAN with L_s) has none: we compare D's codes of x and an unrelated x_g.
+    - Eq. 9 compares x with x_v, which needs E. BEGAN* + LSM of Table 1 has no E: we take an unrelated x_g for x_v.
     - Codes of real images are E's means. Figure 6 is of real images, as in its text; its caption says generated ones.
 Departures
     - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
@@ -279,7 +279,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -304,7 +304,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 6: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # each batch is one column, so each row is one walk
+    save_grid(path, x_1, *between, x_2, columns=1)  # row i: image i of every batch, side by side
 
 
 def attribute_directions(nets, data, device):
@@ -319,7 +319,7 @@ def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 
     z = z[torch.arange(len(directions)) % len(z)]  # [A, Z]: a latent for each attribute, again from the first if A > N
     tiles = [nets["G"](z + strength * directions) for strength in strengths]  # a column of A images each
     names = [name.replace("_", "\n") for name in data.attributes]  # a word a line, so that it fits in a tile
-    captions = [names, *([f"{strength:+g}"] for strength in strengths)]  # a list for each column, from its top
+    captions = [names] + [[f"{strength:+g}"] for strength in strengths]  # a list for each column, from its top
     white = torch.ones_like(tiles[0])  # a first column of white tiles, for the names
     save_grid(path, white, *tiles, columns=1, captions=captions)
 
@@ -359,7 +359,7 @@ def inception_score(probabilities, splits=SPLITS):
 
 
 def load_classifier(name, image_size, device):
-    """The classifier of --classifier: images [N, 3, S, S] in [-1, 1] -> (logits [N, C], anything: not used).
+    """The classifier of --classifier: images [N, 3, S, S] in [-1, 1] -> (logits [N, C], features: not used).
 
     `none` gives None; `inception` torchvision's Inception v3, from its cache or fetched by it; else a TorchScript file.
     DataError if it cannot be had, or does not give such logits.
@@ -408,7 +408,7 @@ def measure(nets, data, z, alpha, eta, classifier, count):
         x_v = torch.cat([G(part) for part in reparameterise(mean, log_variance, epsilon).split(250)])
         L_fake = L_g + alpha * l1_of_d(D, x_v)  # Eq. 6
         x_of_mean = torch.cat([G(part) for part in mean.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: mean() refuses uint8
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
         results["heldout_l1"] = F.l1_loss(x_of_mean, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["kl_nats"] = z.shape[1] * kl_loss(mean, log_variance).item()
@@ -445,7 +445,7 @@ def parse_args(argv):
     """The arguments and, with --resume, the checkpoint of the run in --out, else None."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    add = parser.add_argument
+    add = parser.add_argument  # those with default=SUPPRESS get their default from set_defaults, below
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--model", choices=MODELS, default="vae-began", help="the paper's model, or another row of Table 1")
     add("--alpha", type=float, default=0.3, help="weight of L_v (Section 4)")
@@ -456,7 +456,7 @@ def parse_args(argv):
     add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), default=SUPPRESS, help=gains)
     files = "none, inception, or a TorchScript file: images to (logits, features). tests/make_classifier.py makes one"
     add("--classifier", default="none", help=files)
-    add("--samples", type=int, default=50_000, help="images in the Inception score, or all to train on if fewer")
+    add("--samples", type=int, default=50_000, help="images in the Inception score; at most all the training images")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
