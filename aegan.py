@@ -5,8 +5,8 @@
 """Autoencoding generative adversarial networks (Conor Lazarou, 2020, https://arxiv.org/abs/2004.05472).
 
 A generator G from latents to images, an encoder E back, and discriminators D_x of images, D_z of latents. x_hat = G(z)
-and x_tilde = G(E(x)) must look real to D_x, z_hat = E(x) and z_tilde = E(G(z)) to D_z. Also x_tilde must equal x, and
-z_tilde z. This makes G and E inverse to each other. And as G has to give back every image, it should not collapse.
+and x_tilde = G(E(x)) must look real to D_x, z_hat = E(x) and z_tilde = E(G(z)) to D_z. x_tilde must equal x, z_tilde
+must equal z. So G and E become inverse to each other. And as G has to give back every image, it should not collapse.
 
     python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
     python aegan.py --data photos/ --out runs/photos    # the paper's set-up on a folder of images
@@ -33,7 +33,7 @@ Departures from the paper, shared with that code
     - Each parameter's gradient is clipped to a norm of 1. For G and E the sum of Eq. 2 to 5 has a weight, alpha = 1.
 Departures of ours
     - That code updates each network four times a step, on new batches. Here all are updated once, at the same time.
-    - Each image of a batch is mirrored with probability 1/2, for the paper's mirrored copies.
+    - Each image of a batch is mirrored with probability 1/2, in place of the paper's mirrored copies.
 """
 
 import json
@@ -139,8 +139,8 @@ class Generator(nn.Module):
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
         doublings = IMAGE_SIZES[image_size]
-        # enlargement before each of the six layers: 1 1 2 2 1 1 at 16x16, 2 2 2 2 1 1 at 64x64, 2 2 2 2 2 2 at 256x256
-        self.scales = ([1] * (4 - doublings) + [2] * doublings + [1] * 2)[:6]
+        first = max(0, 4 - doublings)  # layer that doubles the side: 1 1 2 2 1 1 at 16x16, 2 2 2 2 1 1 at 64x64
+        self.scales = [2 if first <= i < first + doublings else 1 for i in range(6)]
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
         units = channels * 4 * 4  # 4x4 pixels
         self.trunk = nn.Sequential(nn.Linear(latent_dim, units), ChannelNorm(units), nn.ReLU())
@@ -184,7 +184,7 @@ def build_networks(model, image_size, channels, latent_dim):
 def discriminator_loss(d_real, d_fake):
     """Eq. 2 to 5 as D minimises them: -mean log D(real) - mean log(1 - D(fake)), with 0.95 and 0.05 as labels 1 and 0.
 
-    d_real, d_fake: logits [N, 1], [M, 1]: D_x(x) and D_x(x_hat) or D_x(x_tilde); D_z(z) and D_z(z_hat) or D_z(z_tilde).
+    d_real: D's logits [N, 1] of x or of z. d_fake: logits [M, 1] of x_hat or x_tilde, or of z_hat or z_tilde.
     """
     real = F.binary_cross_entropy_with_logits(d_real, torch.full_like(d_real, REAL))
     return real + F.binary_cross_entropy_with_logits(d_fake, torch.full_like(d_fake, FAKE))
@@ -289,7 +289,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # the stream that open_device made
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -307,7 +307,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 1: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # row i: image i of every batch, side by side
+    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # group i: image i of every batch, side by side
 
 
 @torch.no_grad()
@@ -318,7 +318,7 @@ def save_figures(nets, data, z, out, step):
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     if "E" in nets:
         x = to_float(data.heldout[:40]).to(z.device)
-        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x)), columns=5)  # pairs a row
+        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](nets["E"](x)), groups_per_row=5)
         pairs = min(5, len(x) // 2)
         x_1, x_2 = x[:pairs], x[pairs : 2 * pairs].clone()
         x_2[-1] = x_1[-1].flip(-1)  # the last pair: an image and its mirror image
@@ -346,7 +346,7 @@ def measure(nets, data, z):
     results = {"sample_diversity": sample_diversity(x_hat, x[: len(z)])}
     if "E" in nets:
         x_tilde = torch.cat([nets["G"](nets["E"](part)) for part in x.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() takes no uint8; sum() does
         results["heldout_l1"] = F.l1_loss(x_tilde, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["sharpness"] = (edges(x_tilde) / edges(x)).item()  # and the same at half the size:

@@ -20,7 +20,7 @@ paper -> code
     Section 3    the pairs (x, z') and (x', z)          q = (x, z_hat), p = (x_hat, z): z_hat = E(x), x_hat = G(z)
     Figures 1-3  the three networks                     Generator, Encoder, Discriminator
     Eq. 1, Eq. 2, Eq. 3: the objective of a BiGAN       discriminator_loss (for D), generator_loss (for G, E)
-    Eq. 4, 6     penalties: L_AE, pixels; L_AD, latents penalty
+    Eq. 4, 6     L_AE on pixels, L_AD on latents      penalty
     Eq. 5        penalty on features                    feature_penalty; Features is H
     Eq. 7        the other penalty on latents, L_AD'    measure: autodecoder_q (not used for training)
     Footnote 1   a variance of E                        Encoder; --stochastic-encoder
@@ -38,10 +38,10 @@ Rulings, where the paper is silent or contradicts itself
       G on DCGAN. D's dense layers are ours: 8 * --channels units on z; 2 * --channels, with dropout, on x and z joined.
     - Decay 0.97 and dropout 0.8 are in TensorFlow's terms: in torch's, momentum 0.03 and a dropout probability of 0.2.
     - In training D's batch norm takes its statistics from (x, E(x)) and (G(z), z) separately, as two batches.
-    - Pictures and results use batch norm's running averages. In training G's are updated by G(z), and if
-      lambda_2 or lambda_3 is not 0 by G(E(x)); E's are updated by E(x), and if lambda_1 is not 0 by E(G(z)).
+    - Pictures and results use batch norm's running averages. In training G(z) updates those of G, and so does G(E(x))
+      if lambda_2 or lambda_3 is not 0; E(x) updates those of E, and so does E(G(z)) if lambda_1 is not 0.
     - Eq. 4, 6 and 7 average the pseudo-Huber loss over coordinates, since Section 4 wants each dimension of z
-      reconstructed. Eq. 5 takes it of the norm: on H's 9,216 coordinates, all far below gamma, it would be quadratic.
+      reconstructed. Eq. 5 applies it to the norm: H's 9,216 coordinates are far below gamma, where it is quadratic.
     - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
       weights and moments, and get gradients through them. The first of the K is the very step that D makes itself.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
@@ -79,7 +79,7 @@ EXPERIMENTS = {  # Table 1; weights of Eq. 6, 4 and 5
     "EX8": {"lambda_1": 2.5, "lambda_2": 1.0, "lambda_3": 0.0},
     "EX9": {"lambda_1": 2.5, "lambda_2": 0.0, "lambda_3": 1.0},
 }
-IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # side: width / --channels of each layer that halves it
+IMAGE_SIZES = {16: (1, 2), 32: (1, 2, 4), 64: (1, 2, 4, 8)}  # side: the layers' widths, as multiples of --channels
 REAL = 0.9  # D's label of real pairs: one-sided label smoothing (Section 5)
 LEAK = 0.2  # slope of the leaky ReLU (Section 5)
 batch_norm = partial(nn.BatchNorm2d, momentum=1 - 0.97)  # (Section 5)
@@ -329,7 +329,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # the stream that open_device made
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -352,7 +352,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Walks: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # row i: image i of every batch, side by side
+    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # group i: image i of every batch, side by side
 
 
 @torch.no_grad()
@@ -365,9 +365,9 @@ def save_figures(nets, data, z, out, step):
     x = to_float(data.heldout[:10]).to(z.device)
     x_hat, z_hat = nets["G"](z), nets["E"](x)
     x_tilde = nets["G"](z_hat)
-    save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])  # one batch, so one list
+    save_grid(out / f"samples_{step}.png", x_hat, captions=[percents(nets["D"], x_hat, z)])  # a list per batch
     texts = [percents(nets["D"], x, z_hat), percents(nets["D"], x_tilde, z_hat)]  # both with z_hat = E(x)
-    save_grid(out / f"reconstructions_{step}.png", x, x_tilde, columns=5, captions=texts)
+    save_grid(out / f"reconstructions_{step}.png", x, x_tilde, groups_per_row=5, captions=texts)
     pairs = len(x) // 2
     save_interpolations(out / "figure_interpolations.png", nets, x[:pairs], x[pairs : 2 * pairs])
     nets.train(was_training)
@@ -396,7 +396,7 @@ def measure(nets, data, z):
     d_real = torch.cat([D(*pair) for pair in zip(x.split(250), z_hat.split(250))])
     d_tilde = torch.cat([D(*pair) for pair in zip(x_tilde.split(250), z_hat.split(250))])
     x_hat = G(z)
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() takes no uint8; sum() does
     results = {
         "heldout_l1": F.l1_loss(x_tilde, x).item(),
         "heldout_l1_of_mean_image": F.l1_loss(mean_image.expand_as(x), x).item(),

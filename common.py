@@ -67,7 +67,7 @@ def load_data(name, size, batch_size=1):
 
 def place_images(images, device):
     """Move images, uint8 [M, 3, S, S], to the torch.device, unless they would fill more than half of its free memory.
-    draw_images takes its random numbers from the device that holds the images."""
+    This also decides from which device draw_images takes its random numbers: from that of the images."""
     fits = device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
 
@@ -121,14 +121,14 @@ def _load_folder(folder, size):
         print(f"skipped {len(skipped)} that cannot be read: {', '.join(skipped[:3])}", file=sys.stderr)
         good = [i for i, error in enumerate(errors) if not error]
         images, paths = images[good], [paths[i] for i in good]
-    if len(paths) < 20:  # so that two are held out, which sample_diversity compares
+    if len(paths) < 20:  # of 20 two are held out, the fewest that the scripts' sample_diversity compares
         raise DataError(f"{folder} holds {len(paths)} readable images: give 20 or more")
     attributes, labels = _read_attributes(folder, paths)
     return images, attributes, labels, tuple(paths)
 
 
 def _read_attributes(folder, paths):
-    """Names of the attributes and labels bool [M, A] of the images at paths. No names if there is no file, or if it
+    """Attribute names, and labels bool [M, A], of the images at paths. No names if there is no file, or if it
     lacks an image. The file is the first of ATTRIBUTE_FILES found in the folder, then in its folder Anno, then in the
     two folders above it in the same way."""
     nothing = [], torch.zeros(len(paths), 0, dtype=torch.bool)
@@ -152,15 +152,15 @@ def _read_attributes(folder, paths):
     count = Counter(path.name for path in paths)
 
     def key_of(path):
-        """Its path from the folder of the attribute file, if in table or another image has its name; else its name."""
+        """The path from the attribute file's folder, if in table or if path.name is not unique; else path.name."""
         key = Path(os.path.relpath(path, file.parent)).as_posix()
         return key if key in table or count[path.name] > 1 else path.name
 
     keys = [key_of(path) for path in paths]
     missing = [key for key in keys if key not in table]
     if missing:
-        missed = f"{len(names)} values 0 or 1 for {len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
-        print(f"going on without attributes: {file} has no row of {missed}", file=sys.stderr)
+        missed = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
+        print(f"without attributes: {file} has no row of {len(names)} values 0 or 1 for {missed}", file=sys.stderr)
         return nothing
     return names, torch.tensor([table[key] for key in keys], dtype=torch.bool)
 
@@ -180,12 +180,12 @@ def _load_torchvision(dataset, size):
     return images, source.classes, labels.bool()
 
 
-def save_grid(path, *batches, columns=10, captions=()):
+def save_grid(path, *batches, groups_per_row=10, captions=()):
     """Save images as one picture, row by row; small ones enlarged by a whole factor, without blur.
 
     batches: one or more [N, 3, S, S] in [-1, 1] (clipped), on any device. Group i is image i of every batch, side by
-    side: an original and its reconstruction, say. columns: how many groups a row. captions: captions[b][i] is written
-    into the top-left corner of image i of batch b; there may be fewer captions than images or batches.
+    side: an original and its reconstruction, say. captions: captions[b][i] is written into the top-left corner of image
+    i of batch b; there may be fewer captions than images or batches.
     """
     groups = []
     for images, texts in zip_longest(batches, captions, fillvalue=()):
@@ -199,7 +199,7 @@ def save_grid(path, *batches, columns=10, captions=()):
             pen.text((1, 0), text, "white")
             tile.copy_(pil_to_tensor(image))  # changes tiles
         groups.append(tiles)
-    grid = torchvision.utils.make_grid(torch.cat(groups, dim=-1), nrow=columns, padding=4, pad_value=255)
+    grid = torchvision.utils.make_grid(torch.cat(groups, dim=-1), nrow=groups_per_row, padding=4, pad_value=255)
     to_pil_image(grid).save(path)
 
 
@@ -251,8 +251,8 @@ def draw_face(rng, size):
     dx = 25 * (rng.random() - 0.5)
     dy = 20 * (rng.random() - 0.5)
     a, b = math.cos(tilt), math.sin(tilt)
-    affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)  # (125, 125) shows (165 + dx, 165 + dy)
-    image = image.transform((250, 250), Image.Transform.AFFINE, affine)  # tilted, shifted, without the margin
+    affine = (a, b, 165 + dx - (a + b) * 125, -b, a, 165 + dy - (a - b) * 125)
+    image = image.transform((250, 250), Image.Transform.AFFINE, affine)  # (165 + dx, 165 + dy) goes to (125, 125)
     return image.resize((size, size), Image.Resampling.BOX), parts
 
 

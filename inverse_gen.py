@@ -8,7 +8,7 @@ https://arxiv.org/abs/1703.10094
 First a DCGAN is trained, then its generator G is frozen and made the decoder of an autoencoder, whose encoder, the
 inverse generator IG, learns to invert it. Only generated images x = G(z) are used, and IG minimises the difference of
 the images x and G(IG(x)), not that of the noise z and IG(x): where G maps several z to one image, any of them will do.
-IG(x), the code of a real image x, says what x shows: among other images, that with the nearest code looks similar.
+IG(x), the code of a real image x, tells what x shows: the image whose code is nearest to it looks similar to x.
 
     python inverse_gen.py --quick                            # cartoon faces within three minutes on two CPU cores
     python inverse_gen.py --data photos/ --out runs/photos   # the paper's set-up on a folder of images
@@ -32,7 +32,7 @@ paper -> code
 Rulings, where the paper is silent or contradicts itself
     - Table 3 is of 64x64 images. 16x16 and 32x32 leave out the widest layers.
     - In figures and results, and in G once it is frozen, batch norm uses its running averages: G is one fixed function.
-    - It says no number of steps. We take 50,000 for each of the two stages; 100,000 for the BiGAN, or search's DCGAN.
+    - The paper gives no number of steps. We take 50,000 for each of two stages; 100,000 in all for bigan and search.
     - Eq. 3 has labels, Section 4.1 has none. We use none. Eq. 3 and 5 are means over dimensions or pixels.
     - Eq. 8 prints a plain gradient step, the Appendix has Adam. We use Adam.
     - Eq. 2 has no start, rate or end. We start from z = 0 and keep z in [-1, 1]; --search-rate, --search-steps.
@@ -41,7 +41,7 @@ Departures
     - G minimises -log D(G(z)), as DCGAN does. G and IG of the BiGAN minimise D's loss with real and fake swapped,
       as in BiGAN's code.
     - D and G step at once; in DCGAN D is first. As in DCGAN, D(x) and D(G(z)) are batch-normalised separately.
-    - The two kinds of pairs of the BiGAN go through D in one batch, since with two batches samples collapsed.
+    - The two kinds of pairs of the BiGAN go through D in one batch: when they went in two, samples collapsed.
 """
 
 import json
@@ -246,7 +246,7 @@ def train_step(nets, optimizer, stage, x, z):
     nets.train()
     nets["G"].train(with_gan)  # else G is frozen: in evaluation mode, and not among the inputs below
     losses = LOSSES[stage](nets, x, z)
-    optimizer.zero_grad()  # sets them to None: Adam leaves such networks as they are
+    optimizer.zero_grad()  # sets gradients to None: Adam skips the parameters that get none below
     # Each backward fills the gradients of its `inputs` alone. So all losses share one forward pass, without detach.
     if with_gan:
         losses["L_D"].backward(inputs=trainable(optimizer, nets["D"]), retain_graph=True)
@@ -270,7 +270,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # the stream that open_device made
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -346,7 +346,7 @@ def distances(queries, gallery):
 
 
 def nearest(distance):
-    """For each query 1 at the nearest gallery image, or 1/k at each of k tied ones, else 0: [Q, M]."""
+    """[Q, M]: in the row of each query, 1 at the nearest gallery image (1/k at each of k tied ones) and 0 elsewhere."""
     is_nearest = (distance == distance.min(1, keepdim=True).values).double()
     return is_nearest / is_nearest.sum(1, keepdim=True)
 
@@ -401,31 +401,31 @@ def save_figures(nets, invert, data, z, out, step):
         x = to_unit(data.heldout[:40].to(z.device))
         for name, images in {f"reconstructions_{step}.png": x, "figure2_pairs.png": samples[:40]}.items():
             again = generate(nets["G"], invert(images))
-            save_grid(out / name, to_signed(images), to_signed(again), columns=5)
+            save_grid(out / name, to_signed(images), to_signed(again), groups_per_row=5)
         blurred = blur(samples[:24])
         restored = generate(nets["G"], invert(blurred))
         triples = to_signed(samples[:24]), to_signed(blurred), to_signed(restored)
-        captions = [["original"], ["blurred"], ["restored"]]  # on the first image of each
-        save_grid(out / "figure5_deblurred.png", *triples, columns=3, captions=captions)
+        captions = [["original"], ["blurred"], ["restored"]]  # each on the first image of its batch
+        save_grid(out / "figure5_deblurred.png", *triples, groups_per_row=3, captions=captions)
     for module, training in modes:
         module.training = training
 
 
 @torch.no_grad()
 def save_found(out, descriptors, data, described):
-    """Saves queries, each beside what codes, dHash, pHash and colours find. Those of Figure 3 are the gallery's first
-    four images, changed, one row a change; those of Figure 4 up to 64 held-out ones. Arguments: see measure_search."""
+    """Saves queries, each beside what codes, dHash, pHash and colours find. The queries of Figure 3: the gallery's
+    first four images, changed, one row a change; of Figure 4: up to 64 held-out ones. Arguments: see measure_search."""
     codes = described["codes"]
     gallery = data.train[: len(codes)]
     four = to_unit(gallery[:4].to(codes.device))
     changed = torch.cat(list(change_images(four).values()))
     others = to_unit(data.heldout[:64].to(codes.device))
-    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]  # on the first image of each
+    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]  # each on its batch's first image
     for file, queries in {"figure3_changed.png": changed, "figure4_found.png": others}.items():
         found = distances(describe(queries, descriptors), described)
         best = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]  # [Q] each
         shown = [queries.cpu(), *(to_unit(gallery[rows]) for rows in best)]
-        save_grid(out / file, *map(to_signed, shown), columns=len(four), captions=captions)  # four queries a row
+        save_grid(out / file, *map(to_signed, shown), groups_per_row=len(four), captions=captions)
 
 
 def sample_diversity(samples, images):
@@ -438,7 +438,7 @@ def measure_inversion(nets, invert, data, z, count):
     """Table 1 and Figure 5, of images generated from z [N, Z]; reconstructions of up to count held-out images."""
     x = to_unit(data.heldout[:count].to(z.device))
     x_prime = torch.cat([generate(nets["G"], invert(part)) for part in x.split(250)])
-    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
+    mean_image = to_unit(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() takes no uint8; sum() does
     samples = generate(nets["G"], z)
     again = generate(nets["G"], invert(samples))
     restored = generate(nets["G"], invert(blur(samples)))
@@ -605,7 +605,7 @@ def main(argv=None):
     images = place_images(data.train, device)
     start = time.perf_counter()
     for step in range(begin + 1, args.steps + 1):
-        if step in (begin + 1, args.gan_steps + 1):  # the first step of this run, or of IG's stage (if it has one)
+        if step in (begin + 1, args.gan_steps + 1):  # this run's first step; the stage may change after gan_steps
             stage = stage_of(step, args.method, args.gan_steps)
             step_function = partial(train_step, nets, optimizer, stage)
             first_step = step
@@ -636,7 +636,7 @@ def main(argv=None):
             torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    if begin == args.steps or args.method == "search":  # the loop saved no picture, or none of inversion
+    if begin == args.steps or args.method == "search":  # the loop saved none, or (search: always gan) samples only
         save_figures(nets, invert, data, z_shown, out, args.steps)
     untrained = build_networks("aegan", args.image_size, args.channels, args.latent_dim)["IG"].to(device)
     results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)

@@ -22,20 +22,20 @@ slides -> code
     Discriminator on Pairs     D_xx: L_d_xx, and the second terms of L_g and L_e, in pagan_losses
     Matching Encoder to Prior  D_z: L_d_z, and the first term of L_e, in pagan_losses
     Conditional Distributions  q(z|x): reparameterise; r(y|x): AUGMENTATIONS
-    Augmentation Function      blur, contrast, crop; figure: save_figures
+    Augmentation Function      blur, contrast, crop; figure: save_figures; its choice (table): --augmentation, --crop
     Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1; L2 and perceptual losses: left out
-    Drawbacks (table)          measure: l1_of_blur, l2_of_crop, ...; perceptual: left out
+    Drawbacks (table)          L1, L2 between x and a(x): measure's l1_of_blur, l2_of_crop, ...; perceptual: left out
     Samples, Reconstructions   save_figures
     Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
-    Ablation; Augmentation     --reconstruction l1, --augmentation none (rest left out); --augmentation, --crop
+    Ablation Study             --reconstruction l1, --augmentation none; other models: left out
 
 Rulings, where the slides are silent or disagree with themselves
     - They name no networks. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage less or
       more for 16x16 and 64x64. G's dense layer has batch norm, too, as in public code of SNGAN (chainer-gan-lib).
     - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
     - They name no settings. We take Z = 128, N(0, I), batches of 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
-    - Three names are not defined. We read: PAGAN-L1 has L1 in place of D_xx; in PAGAN-NOAUG a(x) is x; AUG, a row of
-      the tables, is no model: it is the RID of x and a(x), where the other rows have that of x and G(E(x)).
+    - Three names are undefined. We read: PAGAN-L1 has L1 in place of D_xx; PAGAN-NOAUG has a(x) = x; AUG, in the table
+      of RID, is no model: its row is the RID of x and a(x); a model's row is the RID of x and G(E(x)).
     - Crop pads by reflection. The padding is 0.1 of the side (the slides' best by IS and FID), rounded to pixels.
     - They give no strengths of blur and contrast: ours are BLUR and CONTRAST, below.
     - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
@@ -64,7 +64,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from common import DataError, draw_images, load_data, place_images, save_grid, to_float
 
 NAME = "pagan"
-IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # widths / --channels, at S, S/2, ..., 4
+IMAGE_SIZES = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8, 16)}  # side: widths as multiples of --channels
 LEAK = 0.1  # slope of the leaky ReLU, SNGAN's
 BETAS = (0.5, 0.999)
 HIDDEN = 512  # units of D_z's layers
@@ -105,7 +105,7 @@ class Encoder(nn.Sequential):
 
 
 class ImageDiscriminator(nn.Sequential):
-    """Images [N, 3, S, S] in [-1, 1] -> logits [N, 1]: D_x(x), positive if x is real; D_xx(x, y), if y is a(x)."""
+    """Images [N, 3, S, S] in [-1, 1] -> logits [N, 1]: D_x(x) > 0 if x is real; D_xx(x, y) > 0 if y is a(x)."""
 
     def __init__(self, image_size, channels, image_count):
         widths = [channels * w for w in IMAGE_SIZES[image_size]]
@@ -152,11 +152,11 @@ def crop(x, u, p):
         raise ValueError(f"images [N, 3, {x.shape[-2]}, {size}]: they must be square")
     pad = round(p * size)
     offsets = (u * (2 * pad + 1)).long()  # from 0 to twice the padding
-    pixels = offsets[:, :, None] + torch.arange(size, device=x.device)  # (N, 2, S): the rows and the columns to keep
-    rows, columns = pixels.unbind(dim=1)  # (N, S) each
-    padded = F.pad(x, (pad,) * 4, mode="reflect")
-    image = torch.arange(len(x), device=x.device)[:, None, None]  # each is cut at its own rows and columns
-    return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()  # from (N, S, S, 3)
+    pixels = torch.arange(size, device=x.device)
+    rows = offsets[:, 0, None, None] + pixels[:, None]  # (N, S, 1): those of image n to keep
+    columns = offsets[:, 1, None, None] + pixels  # (N, 1, S)
+    n = torch.arange(len(x), device=x.device)[:, None, None]  # (N, 1, 1); indexing below gives (N, S, S, 3)
+    return F.pad(x, (pad,) * 4, mode="reflect")[n, :, rows, columns].movedim(-1, 1).contiguous()
 
 
 def blur(x, u, p=None):
@@ -282,7 +282,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # the stream that open_device made
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -310,12 +310,12 @@ def save_figures(nets, data, z, out, step, p):
     nets.eval()
     x = to_float(data.heldout[:40]).to(z.device)
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
-    save_grid(out / f"reconstructions_{step}.png", x, reconstruct(nets, x), columns=5)
+    save_grid(out / f"reconstructions_{step}.png", x, reconstruct(nets, x), groups_per_row=5)
     few = x[:10]
     u = torch.rand(len(few), 2, generator=torch.Generator().manual_seed(0)).to(z.device)
-    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]  # on the first image of each kind
+    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]  # each on the first image of its batch
     augmented = blur(few, u), contrast(few, u), crop(few, u, p)
-    save_grid(out / "figure_augmentations.png", few, *augmented, columns=2, captions=captions)
+    save_grid(out / "figure_augmentations.png", few, *augmented, groups_per_row=2, captions=captions)
     nets.train(was_training)
 
 
@@ -355,13 +355,13 @@ def frechet_inception_distance(features_a, features_b):
 
 def load_classifier(name, image_size, device):
     """The classifier of --classifier: images [N, 3, S, S] in [-1, 1] -> (logits [N, C], features [N, F]).
-    `none` gives None; `inception` torchvision's Inception v3, from its cache or fetched by it; else a TorchScript file.
+    `none`: None; `inception`: torchvision's Inception v3, cached or downloaded; else `name` is a TorchScript file.
     DataError if it cannot be had, or does not give such tensors."""
     if name == "none":
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # x is in [-1, 1]
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # so it takes [-1, 1]
         except (OSError, RuntimeError) as error:  # no network, or a damaged file
             file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
             raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
@@ -395,14 +395,14 @@ def judge(classifier, images):
 
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier, count):
-    """Of up to 1,000 held-out images L1 and RMSE; beside them L1 and L2 of blur and crop. Diversity of G(z), z [N, Z].
-    With a classifier IS and FID of count samples; beside them those of training images. RID of up to count held-out
-    images; beside it RID with a(x) (the row AUG) and with the mean image in place of G(E(x))."""
+    """On up to 1,000 held-out x: L1 and RMSE of G(E(x)); L1 and L2 of blur and crop. Diversity of G(z), z [N, Z].
+    With a classifier: IS and FID of count samples and, to compare, of up to count training images; on up to count
+    held-out x RID of G(E(x)) and, to compare, of a(x) (the row AUG) and of the mean image. Returns {name: float}."""
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
     x_rec = torch.cat([reconstruct(nets, part) for part in x.split(100)])
-    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
+    mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() takes no uint8; sum() does
     u = torch.rand(len(data.heldout), 2, generator=torch.Generator().manual_seed(1)).to(z.device)
     results = {"sample_diversity": sample_diversity(nets["G"](z), x[: len(z)])}
     results["heldout_l1"] = F.l1_loss(x_rec, x).item()
@@ -447,10 +447,10 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
-    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x); none: PAGAN-NOAUG; l1 trains without a(x)")
+    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x), for D_xx and RID; none: PAGAN-NOAUG")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
     add("--classifier", default="none", help="none, inception, or a file of tests/make_classifier.py")
-    add("--samples", type=int, default=10_000, help="samples in IS and FID; at most as many real images in FID, RID")
+    add("--samples", type=int, default=10_000, help="samples for IS, FID; also the limit of real images for FID, RID")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")

@@ -12,7 +12,7 @@ says how much D minds the fakes; a PID controller moves it so that the losses of
 has to resemble x in its pixels (L_e) and in its code in D (L_s, a similarity that is learned).
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
-    python vae_began.py --data img_align_celeba/ --out runs/celeba  # with list_attr_celeba.txt beside it: Figure 8
+    python vae_began.py --data img_align_celeba/ --out runs/celeba  # Figure 8, if list_attr_celeba.txt is beside it
     python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
@@ -39,16 +39,16 @@ Rulings, where the paper is silent or contradicts itself
     - Eq. 11 prints - L_g + alpha L_v. We use - (L_g + alpha L_v), as in Eq. 10 and in the convergence measure.
     - In Eq. 10 eta is a measured ratio (here eta_measured, of a batch), in Eq. 11 its set point 0.5 (here eta).
     - The text calls sigma_v the variance; Eq. 4 uses it as the standard deviation. E gives log-variances.
-    - Beside Eq. 2 |x| is called the latent space's size. It is the number of pixels.
+    - Near Eq. 2 the divisor |x| is called the size of the latent space. We take the number of values in x.
     - Section 4 draws z "from [0, 1]". We draw from N(0, I), as Eq. 3 says.
-    - k, and e_{t-1} and e_{t-2} at the first step, are 0. k is kept in [0, 1], as in BEGAN.
+    - At the first step k, e_{t-1} and e_{t-2} are 0. k is kept in [0, 1], as in BEGAN.
     - The networks are BEGAN's as in carpedm20/BEGAN-tensorflow. Their width n is 128, here 64 for images below 128x128.
     - Section 4's three pairs of convolutions are those of 32x32: we use log2(S) - 2, four at 64x64.
     - 16 images a step and Z = 64 are BEGAN's. Adam's betas and initial weights are torch's.
     - Eq. 9 compares x with x_v, which needs E. BEGAN* + LSM of Table 1 has no E: we take an unrelated x_g for x_v.
     - Codes of real images are E's means. Figure 6 is of real images, as in its text; its caption says generated ones.
 Departures
-    - The KL divergence of Eq. 3 is averaged over the latents, as Eq. 9 is: as a sum it outweighs the other terms.
+    - The KL divergence of Eq. 3 is averaged over the Z dimensions, as Eq. 9 is: as a sum it outweighs the other terms.
     - BEGAN has uniform z and a learning rate of its own. Here all three models have this paper's.
     - Algorithm 1 updates E, G and D in turn, from one forward pass. Here all gradients are taken before any update.
 """
@@ -185,7 +185,7 @@ def reparameterise(mean, log_variance, epsilon):
 def balance(L_d, L_fake, eta):
     """eta_measured (Eq. 10, near eta in equilibrium), e_t (Eq. 11), convergence (Section 3.4). L_fake: Eq. 6."""
     e_t = eta * L_d - L_fake  # Eq. 11: eta L_d - (L_g + alpha L_v)
-    return {"eta_measured": L_fake / L_d, "e_t": e_t, "convergence": L_d + e_t.abs()}  # Eq. 10
+    return {"eta_measured": L_fake / L_d, "e_t": e_t, "convergence": L_d + e_t.abs()}
 
 
 def vae_began_losses(nets, weights, x, z_g, epsilon):
@@ -201,7 +201,7 @@ def vae_began_losses(nets, weights, x, z_g, epsilon):
     lengths = [len(x), len(z_g), len(x)]
     x_prime, z_prime = nets["D"](torch.cat([x, x_g, x_v]))  # lines 6, 9
     x_prime_d, x_prime_g, x_prime_v = x_prime.split(lengths)
-    z_d, z_prime_g, z_prime_v = z_prime.split(lengths)  # no loss has z_prime_g
+    z_d, z_prime_g, z_prime_v = z_prime.split(lengths)  # D's codes of x, x_g, x_v; no loss has z_prime_g
     L_e = F.l1_loss(x_v, x)  # line 7, Eq. 2
     L_n = kl_loss(mean, log_variance)  # line 7, Eq. 3
     L_s = F.l1_loss(z_prime_v, z_d)  # line 7, Eq. 9
@@ -279,7 +279,7 @@ def record(step, inputs):
     Each call of that function overwrites the losses that the last one returned."""
     inputs = [tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # that of open_device
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # the stream that open_device made
         losses = step(*inputs)
 
     def replay(*new_inputs):
@@ -304,7 +304,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 6: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, columns=1)  # row i: image i of every batch, side by side
+    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # group i: image i of every batch, side by side
 
 
 def attribute_directions(nets, data, device):
@@ -321,22 +321,22 @@ def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 
     names = [name.replace("_", "\n") for name in data.attributes]  # a word a line, so that it fits in a tile
     captions = [names] + [[f"{strength:+g}"] for strength in strengths]  # a list for each column, from its top
     white = torch.ones_like(tiles[0])  # a first column of white tiles, for the names
-    save_grid(path, white, *tiles, columns=1, captions=captions)
+    save_grid(path, white, *tiles, groups_per_row=1, captions=captions)
 
 
 @torch.no_grad()
 def save_figures(nets, data, z, out, step):
-    """samples_<step>.png, Figures 2 and 3, of 100 of the latents z [N, Z]; reconstructions_<step>.png, of up to 40
-    held-out images; Figures 4, 6 and, with attributes, 8. Without E only samples and Figure 4."""
+    """samples_<step>.png (Figures 2 and 3): G of the first 100 of the latents z [N, Z]. Figure 4. With E also
+    reconstructions_<step>.png, of up to 40 held-out images, Figure 6 and, with attributes, Figure 8."""
     x = to_float(data.heldout[:40]).to(z.device)
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     x_d = x[:10]
     x_g = nets["G"](z[: len(x_d)])
-    captions = [["fake"], ["D(fake)"], ["real"], ["D(real)"]]  # on the first image of each
+    captions = [["fake"], ["D(fake)"], ["real"], ["D(real)"]]  # each on the first image of its batch
     fours = [x_g, nets["D"](x_g)[0], x_d, nets["D"](x_d)[0]]
-    save_grid(out / "figure4_discriminator.png", *fours, columns=2, captions=captions)
+    save_grid(out / "figure4_discriminator.png", *fours, groups_per_row=2, captions=captions)
     if "E" in nets:
-        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](encode(nets, x)), columns=5)
+        save_grid(out / f"reconstructions_{step}.png", x, nets["G"](encode(nets, x)), groups_per_row=5)
         pairs = min(5, len(x) // 2)
         save_interpolations(out / "figure6_interpolations.png", nets, x[:pairs], x[pairs : 2 * pairs])
         if data.attributes:
@@ -361,14 +361,14 @@ def inception_score(probabilities, splits=SPLITS):
 def load_classifier(name, image_size, device):
     """The classifier of --classifier: images [N, 3, S, S] in [-1, 1] -> (logits [N, C], features: not used).
 
-    `none` gives None; `inception` torchvision's Inception v3, from its cache or fetched by it; else a TorchScript file.
+    `none`: None; `inception`: torchvision's Inception v3, cached or downloaded; else `name` is a TorchScript file.
     DataError if it cannot be had, or does not give such logits.
     """
     if name == "none":
         return None
     if name == "inception":
         try:
-            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # x is in [-1, 1]
+            net = torchvision.models.inception_v3(weights="IMAGENET1K_V1", transform_input=False)  # so it takes [-1, 1]
         except (OSError, RuntimeError) as error:  # no network, or a damaged file
             file = f"{torch.hub.get_dir()}/checkpoints/inception_v3_google-0cc3c7bd.pth"
             raise DataError(f"--classifier inception needs {file}, which cannot be had: {error}") from error
@@ -408,7 +408,7 @@ def measure(nets, data, z, alpha, eta, classifier, count):
         x_v = torch.cat([G(part) for part in reparameterise(mean, log_variance, epsilon).split(250)])
         L_fake = L_g + alpha * l1_of_d(D, x_v)  # Eq. 6
         x_of_mean = torch.cat([G(part) for part in mean.split(250)])
-        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # sum: int64; mean() refuses uint8
+        mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() takes no uint8; sum() does
         results["heldout_l1"] = F.l1_loss(x_of_mean, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
         results["kl_nats"] = z.shape[1] * kl_loss(mean, log_variance).item()

@@ -307,7 +307,7 @@ def test_figures_show_what_they_say(count, pairs, monkeypatch, tmp_path):
     ((samples,), _), ((originals, pictures), by_five), (walks, by_one) = (shown[tmp_path / name] for name in names)
     assert torch.equal(samples, picture(z[:100])) and torch.equal(originals, x[:40])
     torch.testing.assert_close(pictures, picture(x[:40].mean((2, 3)).sinh()))
-    assert (by_five["columns"], by_one["columns"]) == (5, 1)
+    assert (by_five["groups_per_row"], by_one["groups_per_row"]) == (5, 1)
     ends = [(x[i], x[pairs + i]) for i in range(pairs - 1)] + [(x[pairs - 1], x[pairs - 1].flip(-1))]
     for row, (first, last) in zip(torch.stack(walks, dim=1), ends, strict=True):
         assert torch.equal(row[0], first) and torch.equal(row[9], last)

@@ -408,10 +408,11 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
         x_tilde = G(z_hat)
         percents = [100 * sigmoid(D(*pair)[:, 0].numpy()) for pair in ((x_hat, z), (x, z_hat), (x_tilde, z_hat))]
         texts = [[f"{round(min(99, value)):02}" for value in values] for values in percents]
-        walks = [x[:5], *(G(z_hat[:5] + (z_hat[5:] - z_hat[:5]) * i / 7) for i in range(8)), x[5:]]
-    expected = [((x_hat,), {"captions": texts[:1]}), ((x, x_tilde), {"captions": texts[1:], "columns": 5})]
-    for (batches, options), (pictures, settings) in zip(shown.values(), [*expected, (tuple(walks), {"columns": 1})]):
-        assert options == settings
+        walks = x[:5], *(G(z_hat[:5] + (z_hat[5:] - z_hat[:5]) * i / 7) for i in range(8)), x[5:]
+    grids = [(x_hat,), (x, x_tilde), walks]
+    settings = [{"captions": texts[:1]}, {"captions": texts[1:], "groups_per_row": 5}, {"groups_per_row": 1}]
+    assert [options for _, options in shown.values()] == settings
+    for (batches, _), pictures in zip(shown.values(), grids, strict=True):
         torch.testing.assert_close(batches, pictures, atol=1e-5, rtol=1e-5)
     assert len({*texts[1], *texts[2]}) > 5 and (walks[1].lerp(walks[8], 3 / 7) - walks[4]).abs().max() > 1e-2
     logits = torch.tensor([[0.002], [0.076], [0.42], [0.999]]).logit()

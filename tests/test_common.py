@@ -402,7 +402,7 @@ def tiles(path, size, across, down):
 
 def test_a_grid_shows_every_value_enlarged_without_blur(tmp_path):
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
-    save_grid(tmp_path / "a.png", to_float(images), columns=3)
+    save_grid(tmp_path / "a.png", to_float(images), groups_per_row=3)
     shown = tiles(tmp_path / "a.png", 64, 3, 2)
     expected = images.numpy().transpose(0, 2, 3, 1).repeat(4, 1).repeat(4, 2)
     assert (shown.reshape(6, 64, 64, 3)[:5] == expected).all() and (shown[1, 2] == 255).all()
@@ -417,7 +417,7 @@ def test_values_outside_the_range_are_clipped_and_the_images_left_alone(tmp_path
 
 def test_pairs_stand_side_by_side_without_a_gap(tmp_path):
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    save_grid(tmp_path / "a.png", x, -x, columns=1)
+    save_grid(tmp_path / "a.png", x, -x, groups_per_row=1)
     for i in range(2):
         shown = np.array(Image.open(tmp_path / "a.png"), int)[4 + 68 * i : 68 + 68 * i, 4:132]
         left, right = shown[:, :64], shown[:, 64:]
@@ -426,8 +426,8 @@ def test_pairs_stand_side_by_side_without_a_gap(tmp_path):
 
 def test_captions_stand_in_the_top_left_corner_of_their_tile_alone(tmp_path):
     x = torch.zeros(2, 3, 64, 64)
-    save_grid(tmp_path / "plain.png", x, x, columns=2)
-    save_grid(tmp_path / "a.png", x, x, columns=2, captions=[(), ["97%"]])
+    save_grid(tmp_path / "plain.png", x, x, groups_per_row=2)
+    save_grid(tmp_path / "a.png", x, x, groups_per_row=2, captions=[(), ["97%"]])
     plain, shown = np.array(Image.open(tmp_path / "plain.png")), np.array(Image.open(tmp_path / "a.png"))
     y, x = np.nonzero((plain != shown).any(-1))
     assert 4 <= y.min() <= y.max() < 20 and 68 <= x.min() <= x.max() < 100 and len(y) > 50

@@ -446,12 +446,12 @@ def test_figures_show_what_they_say(monkeypatch, tmp_path):
         by_name = distances(queries, gallery / 255)
         return [queries, *(gallery[by_name[name].argmin(1)] / 255 for name in NAMES)]
 
-    of_search = {"columns": 4, "captions": [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]}
-    of_blur = {"columns": 3, "captions": [["original"], ["blurred"], ["restored"]]}
+    of_search = {"groups_per_row": 4, "captions": [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]}
+    of_blur = {"groups_per_row": 3, "captions": [["original"], ["blurred"], ["restored"]]}
     figures = {
         "samples_70.png": ([made[:100]], {}),
-        "reconstructions_70.png": ([x[:40], restored(x[:40])], {"columns": 5}),
-        "figure2_pairs.png": ([made[:40], restored(made[:40])], {"columns": 5}),
+        "reconstructions_70.png": ([x[:40], restored(x[:40])], {"groups_per_row": 5}),
+        "figure2_pairs.png": ([made[:40], restored(made[:40])], {"groups_per_row": 5}),
         "figure5_deblurred.png": ([made[:24], blurred, restored(blurred)], of_blur),
         "figure3_changed.png": (found(changed), of_search),
         "figure4_found.png": (found(x[:64]), of_search),

@@ -352,9 +352,9 @@ def test_figures_show_what_they_say(heldout, training, monkeypatch, tmp_path):
     nets.eval()
     with torch.no_grad():
         expected = {"samples_70": ([nets["G"](z[:100])], {})}
-        expected["reconstructions_70"] = [x, nets["G"](nets["E"](x)[:, :5])], {"columns": 5}
+        expected["reconstructions_70"] = [x, nets["G"](nets["E"](x)[:, :5])], {"groups_per_row": 5}
     columns = [few, *(pagan.AUGMENTATIONS[kind](few, u, 0.2) for kind in ("blur", "contrast", "crop"))]
-    expected["figure_augmentations"] = columns, {"columns": 2, "captions": captions}
+    expected["figure_augmentations"] = columns, {"groups_per_row": 2, "captions": captions}
     assert set(shown) == {tmp_path / f"{name}.png" for name in expected}
     for name, (wanted, options) in expected.items():
         pictures, given = shown[tmp_path / f"{name}.png"]

@@ -325,9 +325,9 @@ def test_measure_against_numpy(model):
 
 @pytest.mark.parametrize("heldout, count, latents", [(3, 3, 5), (13, 13, 256), (45, 40, 256)])
 def test_figures_show_what_they_say(monkeypatch, tmp_path, heldout, count, latents):
-    def save_grid(path, *batches, columns=10, captions=()):
+    def save_grid(path, *batches, groups_per_row=10, captions=()):
         assert path.parent == tmp_path
-        shown[path.name] = [batch.numpy() for batch in batches], columns, captions
+        shown[path.name] = [batch.numpy() for batch in batches], groups_per_row, captions
 
     def decoded(z):
         return np.broadcast_to(np.sin(2 * z)[..., None, None], (*z.shape, 16, 16))
