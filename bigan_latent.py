@@ -20,7 +20,7 @@ paper -> code
     Section 3    the pairs (x, z') and (x', z)          q = (x, z_hat), p = (x_hat, z): z_hat = E(x), x_hat = G(z)
     Figures 1-3  the three networks                     Generator, Encoder, Discriminator
     Eq. 1, Eq. 2, Eq. 3: the objective of a BiGAN       discriminator_loss (for D), generator_loss (for G, E)
-    Eq. 4, 6     L_AE on pixels, L_AD on latents      penalty
+    Eq. 4, 6     L_AE on pixels, L_AD on latents        penalty
     Eq. 5        penalty on features                    feature_penalty; Features is H
     Eq. 7        the other penalty on latents, L_AD'    measure: autodecoder_q (not used for training)
     Footnote 1   a variance of E                        Encoder; --stochastic-encoder
@@ -41,7 +41,7 @@ Rulings, where the paper is silent or contradicts itself
     - Pictures and results use batch norm's running averages. In training G(z) updates those of G, and so does G(E(x))
       if lambda_2 or lambda_3 is not 0; E(x) updates those of E, and so does E(G(z)) if lambda_1 is not 0.
     - Eq. 4, 6 and 7 average the pseudo-Huber loss over coordinates, since Section 4 wants each dimension of z
-      reconstructed. Eq. 5 applies it to the norm: H's 9,216 coordinates are far below gamma, where it is quadratic.
+      reconstructed. Eq. 5 applies it to the norm: H has length 1, so most of its 9,216 coordinates are below gamma.
     - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
       weights and moments, and get gradients through them. The first of the K is the very step that D makes itself.
     - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.

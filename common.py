@@ -160,7 +160,7 @@ def _read_attributes(folder, paths):
     missing = [key for key in keys if key not in table]
     if missing:
         missed = f"{len(missing)} of {len(paths)} images: {', '.join(missing[:3])}"
-        print(f"without attributes: {file} has no row of {len(names)} values 0 or 1 for {missed}", file=sys.stderr)
+        print(f"without attributes: {file} has no row of {len(names)} values 0, 1 or -1 for {missed}", file=sys.stderr)
         return nothing
     return names, torch.tensor([table[key] for key in keys], dtype=torch.bool)
 

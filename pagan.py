@@ -27,7 +27,7 @@ slides -> code
     Drawbacks (table)          L1, L2 between x and a(x): measure's l1_of_blur, l2_of_crop, ...; perceptual: left out
     Samples, Reconstructions   save_figures
     Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
-    Ablation Study             --reconstruction l1, --augmentation none; other models: left out
+    Ablation Study             --reconstruction l1, --augmentation none. In the tables above, other models: left out
 
 Rulings, where the slides are silent or disagree with themselves
     - They name no networks. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage less or
@@ -447,7 +447,7 @@ def parse_args(argv):
     add = parser.add_argument
     quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
-    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x), for D_xx and RID; none: PAGAN-NOAUG")
+    add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x), for D_xx and AUG's RID; none: PAGAN-NOAUG")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
     add("--classifier", default="none", help="none, inception, or a file of tests/make_classifier.py")
     add("--samples", type=int, default=10_000, help="samples for IS, FID; also the limit of real images for FID, RID")

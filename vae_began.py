@@ -29,7 +29,7 @@ paper -> code
     Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
     Algorithm 1  line 1: build_networks; 2: draw_images; 4: make_inputs; 3, 5 to 13: vae_began_losses, train_step
     Table 1      Inception score of three models      measure_inception; --model, began_losses
-    Figures 2-4  samples; what D makes of them        save_figures; numbers of Section 5.2: l1_of_d, balance
+    Figures 2-4  samples; what D makes of them        save_figures; claims of Section 5.2 in numbers: l1_of_d, balance
     Figure 6     interpolation between real images    save_interpolations
     Figure 8     arithmetic with attributes           save_arithmetic, attribute_directions
     Left out     Figures 5 and 7 and the other rows of Table 1, which are of other papers' models

@@ -250,9 +250,9 @@ def test_two_images_of_one_name_share_no_row(labelled, capsys):
     [
         ("file,odd\n0.png,1", "for 24 of 25 images: "),
         ("file,odd\na.png,1", "for 25 of 25 images: "),
-        ("file,odd\n" + "\n".join(f"{i}.png,{i % 2 * 7}" for i in range(25)), "1 values 0 or 1 for 12 of 25 images: "),
-        ("f,odd\n0.png", "1 values 0 or 1 for 25"),
-        ("", "0 values 0 or 1 for 25"),
+        ("file,odd\n" + "\n".join(f"{i}.png,{i % 2 * 7}" for i in range(25)), "1 values 0, 1 or -1 for 12 of 25"),
+        ("f,odd\n0.png", "1 values 0, 1 or -1 for 25"),
+        ("", "0 values 0, 1 or -1 for 25"),
     ],
 )
 def test_attributes_that_do_not_fit_are_left_out_with_a_line_that_says_why(labelled, capsys, text, words):
