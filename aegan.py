@@ -5,7 +5,7 @@
 """Autoencoding generative adversarial networks (Conor Lazarou, 2020, https://arxiv.org/abs/2004.05472).
 
 A generator G from latents to images, an encoder E back, and discriminators D_x of images, D_z of latents. x_hat = G(z)
-and x_tilde = G(E(x)) must look real to D_x, z_hat = E(x) and z_tilde = E(G(z)) to D_z. x_tilde must equal x, z_tilde
+and x_tilde = G(E(x)) must look real to D_x; z_hat = E(x) and z_tilde = E(G(z)), to D_z. x_tilde must equal x, z_tilde
 must equal z. So G and E become inverse to each other. And as G has to give back every image, it should not collapse.
 
     python aegan.py --quick                             # cartoon faces within three minutes on two CPU cores
@@ -20,11 +20,11 @@ paper -> code
     Section 4    the baselines GAN (Eq. 1) and AAE    gan_losses, aae_losses; --model
     Figure 1     interpolation between real images    save_interpolations
     Figures 3, 4 samples; pairs of x and x_tilde      save_figures
-    Section 4    collapse; blur; inverses             measure: sample_diversity; sharpness; heldout_l1, latent_mse
+    Section 4    collapse; blur; inverses             measure's sample_diversity; sharpness; heldout_l1, latent_mse
 
 Rulings, where the paper is silent or contradicts itself
-    - It names no widths, depths or loss weights. These (at 64x64), the noise, the learning rates and Adam's numbers are
-      those of the author's code, to which it refers: https://github.com/ConorLazarou/AEGAN-keras.
+    - It names no widths, depths or loss weights. Ours, like the noise, learning rates and Adam's numbers, are those of
+      the author's code (for 64x64), to which the paper refers: https://github.com/ConorLazarou/AEGAN-keras.
     - log D_x(x) stands in Eq. 2 and in Eq. 3, so real images count twice, against two kinds of fakes; latents likewise.
     - The AAE has Eq. 4 and the image half of Eq. 6, as in that code.
 Departures from the paper, shared with that code
@@ -139,8 +139,8 @@ class Generator(nn.Module):
     def __init__(self, image_size, channels, latent_dim):
         super().__init__()
         doublings = IMAGE_SIZES[image_size]
-        first = max(0, 4 - doublings)  # layer that doubles the side: 1 1 2 2 1 1 at 16x16, 2 2 2 2 1 1 at 64x64
-        self.scales = [2 if first <= i < first + doublings else 1 for i in range(6)]
+        first = max(0, 4 - doublings)  # the first layer that doubles the side: 2 at 16x16, 0 at 64x64
+        self.scales = [2 if first <= i < first + doublings else 1 for i in range(6)]  # at 16x16: 1 1 2 2 1 1
         widths = [channels * w for w in (1, 4, 2, 2, 1, 1)]
         units = channels * 4 * 4  # 4x4 pixels
         self.trunk = nn.Sequential(nn.Linear(latent_dim, units), ChannelNorm(units), nn.ReLU())
@@ -258,7 +258,7 @@ def make_inputs(images, latent_dim, flip):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The parameters that require gradients, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -307,7 +307,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 1: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # group i: image i of every batch, side by side
+    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # row i: image i of each argument, side by side
 
 
 @torch.no_grad()
@@ -349,7 +349,7 @@ def measure(nets, data, z):
         mean_image = to_float(data.train.sum(dim=0) / len(data.train)).to(z.device)  # mean() takes no uint8; sum() does
         results["heldout_l1"] = F.l1_loss(x_tilde, x).item()
         results["heldout_l1_of_mean_image"] = F.l1_loss(mean_image.expand_as(x), x).item()
-        results["sharpness"] = (edges(x_tilde) / edges(x)).item()  # and the same at half the size:
+        results["sharpness"] = (edges(x_tilde) / edges(x)).item()  # next line: at half the size
         results["sharpness_of_halves"] = (edges(F.avg_pool2d(x_tilde, 2)) / edges(F.avg_pool2d(x, 2))).item()
         results["latent_mse"] = F.mse_loss(nets["E"](x_hat), z).item()
     nets.train(was_training)
@@ -398,7 +398,7 @@ def parse_args(argv):
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
+            parser.set_defaults(**checkpoint[NAME])  # that run's arguments: see config in main
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():

@@ -8,7 +8,7 @@ https://pdfslide.us/documents/toward-better-reconstruction-of-style-images-with-
 
 A BiGAN: a generator G from latents to images, an encoder E back, and one discriminator D that tells pairs (x, E(x))
 from pairs (G(z), z). At its optimum G and E are each other's inverse; in practice they are not. So the paper adds a
-penalty on latents, z against E(G(z)). The paper finds that this aids against collapse and gives the best images, where
+penalty on latents, z against E(G(z)). The paper finds that this aids against collapse and gives the best images, while
 penalties on pixels and on AlexNet's features cost sharpness and style. D is unrolled: G and E are trained against D as
 it would be after K further updates.
 
@@ -41,10 +41,10 @@ Rulings, where the paper is silent or contradicts itself
     - Pictures and results use batch norm's running averages. In training G(z) updates those of G, and so does G(E(x))
       if lambda_2 or lambda_3 is not 0; E(x) updates those of E, and so does E(G(z)) if lambda_1 is not 0.
     - Eq. 4, 6 and 7 average the pseudo-Huber loss over coordinates, since Section 4 wants each dimension of z
-      reconstructed. Eq. 5 applies it to the norm: H has length 1, so most of its 9,216 coordinates are below gamma.
+      reconstructed. Eq. 5 applies it to the norm: |H| = 1, so on H's 9,216 coordinates it would mostly be a square.
     - Unrolling is that of Metz et al., whom Section 5 cites: G and E see D after K Adam steps on the batch, from D's
       weights and moments, and get gradients through them. The first of the K is the very step that D makes itself.
-    - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's other numbers are torch's.
+    - Weights start from N(0, 0.02), as DCGAN's, but batch norm's from 1. Adam's beta_2 and epsilon are torch's.
 Departures
     - In Eq. 3 G and E minimise log D(x, E(x)) + log(1 - D(G(z), z)). Here they minimise generator_loss, with swapped
       labels, as in BiGAN's code. So the logged L_GAN is not Eq. 3's value.
@@ -230,7 +230,7 @@ def bigan_losses(nets, optimizer, H, weights, unroll, x, z):
     q, p = (x, z_hat), (x_hat, z)
     d_q, d_p = D(*q), D(*p)
     L_D = discriminator_loss(d_q, d_p)  # Eq. 3, max over D
-    # D's logits of the same pairs after K more of its updates, through which G and E get gradients, too.
+    # D's logits of the same pairs after K updates of D. Gradients reach G and E through pairs and updates alike.
     later_d_q, later_d_p = unrolled_logits(D, optimizer, q, p, d_q, d_p, unroll)
     L_GAN = generator_loss(later_d_q, later_d_p)  # in place of Eq. 3, min over G, E
     zero = torch.zeros((), device=x.device)
@@ -305,7 +305,7 @@ def make_inputs(images, latent_dim):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The parameters that require gradients, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -352,7 +352,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Walks: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = nets["E"](x_1), nets["E"](x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # group i: image i of every batch, side by side
+    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # row i: image i of each argument, side by side
 
 
 @torch.no_grad()
@@ -456,7 +456,7 @@ def parse_args(argv):
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
+            parser.set_defaults(**checkpoint[NAME])  # that run's arguments: see config in main
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():

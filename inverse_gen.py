@@ -36,7 +36,7 @@ Rulings, where the paper is silent or contradicts itself
     - Eq. 3 has labels, Section 4.1 has none. We use none. Eq. 3 and 5 are means over dimensions or pixels.
     - Eq. 8 prints a plain gradient step, the Appendix has Adam. We use Adam.
     - Eq. 2 has no start, rate or end. We start from z = 0 and keep z in [-1, 1]; --search-rate, --search-steps.
-    - It gives no sizes. Ours: dHash has 9x8 grey pixels, pHash 32x32, the histogram 8x8x8 bins, blur 1/16 of the side.
+    - The paper gives no sizes. Ours: dHash 9x8 grey pixels, pHash 32x32, histogram 8x8x8 bins, blur 1/16 of the side.
 Departures
     - G minimises -log D(G(z)), as DCGAN does. G and IG of the BiGAN minimise D's loss with real and fake swapped,
       as in BiGAN's code.
@@ -231,7 +231,7 @@ def to_unit(images):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The parameters that require gradients, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -335,8 +335,8 @@ def describe(x, descriptors):
 
 
 def distances(queries, gallery):
-    """Distances of two results of describe: {name: [Q, M]}. L1 of hashes (the number of bits that differ) and of
-    histograms (2 minus twice their intersection), else the Euclidean distance."""
+    """Distances between the rows of two results of describe: {name: [Q, M]}. L1 for hashes (how many bits differ) and
+    histograms (from 0, equal, to 2, no colour in common), else the Euclidean distance."""
     found = {}
     for name in queries:
         power = 1.0 if name in ("dhash", "phash", "colour_histogram") else 2.0
@@ -353,7 +353,7 @@ def nearest(distance):
 
 def label_agreement(distance, query_labels, gallery_labels):
     """Table 2: the share of labels equal in a query and its nearest gallery image. Labels: bool [Q, A] and [M, A]."""
-    share_with_label = nearest(distance) @ gallery_labels.double()
+    share_with_label = nearest(distance) @ gallery_labels.double()  # [Q, A]: of the nearest image, or k tied ones
     return torch.where(query_labels, share_with_label, 1 - share_with_label).mean().item()
 
 
@@ -532,7 +532,7 @@ def parse_args(argv):
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
+            parser.set_defaults(**checkpoint[NAME])  # that run's arguments: see config in main
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
@@ -636,7 +636,7 @@ def main(argv=None):
             torch.save({NAME: config, "step": step, "log": log, **state}, out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # so it is whole at any moment
 
-    if begin == args.steps or args.method == "search":  # the loop saved none, or (search: always gan) samples only
+    if begin == args.steps or args.method == "search":  # no step was run, or all of stage gan: no reconstructions yet
         save_figures(nets, invert, data, z_shown, out, args.steps)
     untrained = build_networks("aegan", args.image_size, args.channels, args.latent_dim)["IG"].to(device)
     results = measure(nets, invert, untrained, data, z_shown, out, args.gallery)

@@ -22,20 +22,20 @@ slides -> code
     Discriminator on Pairs     D_xx: L_d_xx, and the second terms of L_g and L_e, in pagan_losses
     Matching Encoder to Prior  D_z: L_d_z, and the first term of L_e, in pagan_losses
     Conditional Distributions  q(z|x): reparameterise; r(y|x): AUGMENTATIONS
-    Augmentation Function      blur, contrast, crop; figure: save_figures; its choice (table): --augmentation, --crop
+    Augmentation Function      blur, contrast, crop; its figure: save_figures; its table: --augmentation, --crop
     Reconstruction Loss        L1: pagan_l1_losses, --reconstruction l1; L2 and perceptual losses: left out
     Drawbacks (table)          L1, L2 between x and a(x): measure's l1_of_blur, l2_of_crop, ...; perceptual: left out
     Samples, Reconstructions   save_figures
     Inception Score, FID, RID  inception_score, frechet_inception_distance, reconstruction_inception_dissimilarity
-    Ablation Study             --reconstruction l1, --augmentation none. In the tables above, other models: left out
+    Ablation Study             --reconstruction l1, --augmentation none. Other models of the tables: left out
 
 Rulings, where the slides are silent or disagree with themselves
     - They name no networks. G, D_x and D_xx are SNGAN's for 32x32 (Miyato et al. 2018, Table 3), with a stage less or
       more for 16x16 and 64x64. G's dense layer has batch norm, too, as in public code of SNGAN (chainer-gan-lib).
     - D_xx takes both images as six channels, E mirrors G, D_z has two hidden layers: ours.
     - They name no settings. We take Z = 128, N(0, I), batches of 64 images, Adam with 2e-4, 0.5, 0.999, 100,000 steps.
-    - Three names are undefined. We read: PAGAN-L1 has L1 in place of D_xx; PAGAN-NOAUG has a(x) = x; AUG, in the table
-      of RID, is no model: its row is the RID of x and a(x); a model's row is the RID of x and G(E(x)).
+    - Three names are undefined. We read: PAGAN-L1 has L1 in place of D_xx; PAGAN-NOAUG has a(x) = x; AUG is not a
+      model but a(x): its row in the table of RID compares x with a(x), where a model's row compares x with G(E(x)).
     - Crop pads by reflection. The padding is 0.1 of the side (the slides' best by IS and FID), rounded to pixels.
     - They give no strengths of blur and contrast: ours are BLUR and CONTRAST, below.
     - In figures and results z_hat is the mean of q(z|x), and batch norm uses its running averages.
@@ -156,7 +156,7 @@ def crop(x, u, p):
     rows = offsets[:, 0, None, None] + pixels[:, None]  # (N, S, 1): those of image n to keep
     columns = offsets[:, 1, None, None] + pixels  # (N, 1, S)
     n = torch.arange(len(x), device=x.device)[:, None, None]  # (N, 1, 1); indexing below gives (N, S, S, 3)
-    return F.pad(x, (pad,) * 4, mode="reflect")[n, :, rows, columns].movedim(-1, 1).contiguous()
+    return F.pad(x, (pad,) * 4, mode="reflect").movedim(1, -1)[n, rows, columns].movedim(-1, 1).contiguous()
 
 
 def blur(x, u, p=None):
@@ -254,7 +254,7 @@ def make_inputs(images, latent_dim, augmentation, p):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The parameters that require gradients, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -396,8 +396,8 @@ def judge(classifier, images):
 @torch.no_grad()
 def measure(nets, data, z, augmentation, p, classifier, count):
     """On up to 1,000 held-out x: L1 and RMSE of G(E(x)); L1 and L2 of blur and crop. Diversity of G(z), z [N, Z].
-    With a classifier: IS and FID of count samples and, to compare, of up to count training images; on up to count
-    held-out x RID of G(E(x)) and, to compare, of a(x) (the row AUG) and of the mean image. Returns {name: float}."""
+    With a classifier: IS, FID of count samples; RID of G(E(x)), for up to count held-out x. To compare: IS, FID of up
+    to count training images; RID of a(x) (the row AUG) and of the mean image. Returns {name: float}."""
     was_training = nets.training
     nets.eval()
     x = to_float(data.heldout[:1000]).to(z.device)
@@ -449,7 +449,7 @@ def parse_args(argv):
     add("--reconstruction", choices=LOSSES, default="pair", help="PAGAN, or PAGAN-L1 of the ablation study")
     add("--augmentation", choices=AUGMENTATIONS, default="crop", help="a(x), for D_xx and AUG's RID; none: PAGAN-NOAUG")
     add("--crop", type=float, default=0.1, help="padding as a share of the side, in whole pixels (slides: 0.05-0.2)")
-    add("--classifier", default="none", help="none, inception, or a file of tests/make_classifier.py")
+    add("--classifier", default="none", help="none, inception, or a TorchScript file (see tests/make_classifier.py)")
     add("--samples", type=int, default=10_000, help="samples for IS, FID; also the limit of real images for FID, RID")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
@@ -472,7 +472,7 @@ def parse_args(argv):
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
+            parser.set_defaults(**checkpoint[NAME])  # that run's arguments: see config in main
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():

@@ -12,7 +12,7 @@ says how much D minds the fakes; a PID controller moves it so that the losses of
 has to resemble x in its pixels (L_e) and in its code in D (L_s, a similarity that is learned).
 
     python vae_began.py --quick                           # cartoon faces within three minutes on two CPU cores
-    python vae_began.py --data img_align_celeba/ --out runs/celeba  # Figure 8, if list_attr_celeba.txt is beside it
+    python vae_began.py --data img_align_celeba/ --out runs/celeba  # Figure 8, if list_attr_celeba.txt is beside --data
     python vae_began.py --model began --data cifar10 --image-size 32 --classifier inception    # a row of Table 1
 
 paper -> code
@@ -29,7 +29,7 @@ paper -> code
     Eq. 13-15    L_dis, L_gen, L_enc                  vae_began_losses; which loss moves which network: train_step
     Algorithm 1  line 1: build_networks; 2: draw_images; 4: make_inputs; 3, 5 to 13: vae_began_losses, train_step
     Table 1      Inception score of three models      measure_inception; --model, began_losses
-    Figures 2-4  samples; what D makes of them        save_figures; claims of Section 5.2 in numbers: l1_of_d, balance
+    Figures 2-4  samples; what D makes of them        save_figures. Section 5.2's claims, as numbers: l1_of_d, balance
     Figure 6     interpolation between real images    save_interpolations
     Figure 8     arithmetic with attributes           save_arithmetic, attribute_directions
     Left out     Figures 5 and 7 and the other rows of Table 1, which are of other papers' models
@@ -252,7 +252,7 @@ def make_inputs(images, latent_dim):
 
 
 def trainable(optimizer, *networks):
-    """The networks' parameters except frozen ones, for backward's `inputs`. ValueError if the optimizer lacks one."""
+    """The parameters that require gradients, for backward's `inputs`. ValueError if the optimizer lacks one."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in updated for p in parameters):
@@ -304,7 +304,7 @@ def save_interpolations(path, nets, x_1, x_2, count=8):
     """Figure 6: a row is x_1, then count images from E(x_1) straight to E(x_2), then x_2. x_1, x_2: [N, 3, S, S]."""
     z_1, z_2 = encode(nets, x_1), encode(nets, x_2)
     between = [nets["G"](torch.lerp(z_1, z_2, i / (count - 1))) for i in range(count)]
-    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # group i: image i of every batch, side by side
+    save_grid(path, x_1, *between, x_2, groups_per_row=1)  # row i: image i of each argument, side by side
 
 
 def attribute_directions(nets, data, device):
@@ -326,8 +326,8 @@ def save_arithmetic(path, nets, data, z, strengths=(-2, -1.5, -1, -0.5, 0, 0.5, 
 
 @torch.no_grad()
 def save_figures(nets, data, z, out, step):
-    """samples_<step>.png (Figures 2 and 3): G of the first 100 of the latents z [N, Z]. Figure 4. With E also
-    reconstructions_<step>.png, of up to 40 held-out images, Figure 6 and, with attributes, Figure 8."""
+    """Figures 2 and 3, samples_<step>.png: G(z[:100]), z [N, Z]; Figure 4: D on real and fake. With E also Figure 6,
+    reconstructions_<step>.png of up to 40 held-out images and, with attributes, Figure 8."""
     x = to_float(data.heldout[:40]).to(z.device)
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     x_d = x[:10]
@@ -456,7 +456,7 @@ def parse_args(argv):
     add("--gains", type=float, nargs=3, metavar=("I", "P", "D"), default=SUPPRESS, help=gains)
     files = "none, inception, or a TorchScript file: images to (logits, features). tests/make_classifier.py makes one"
     add("--classifier", default="none", help=files)
-    add("--samples", type=int, default=50_000, help="images in the Inception score; at most all the training images")
+    add("--samples", type=int, default=50_000, help="images for the Inception score; at most the training set's size")
     add("--data", default="faces", help="folder of images, searched recursively, or faces (cartoons), cifar10, mnist")
     add("--out", type=Path, default=f"runs/{NAME}", help="folder for pictures, log.csv, results.json, checkpoint.pt")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings; --steps may be larger")
@@ -478,7 +478,7 @@ def parse_args(argv):
     if args.resume:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            parser.set_defaults(**checkpoint[NAME])  # the arguments of that run: main's config
+            parser.set_defaults(**checkpoint[NAME])  # that run's arguments: see config in main
         except Exception:  # torch.load raises many kinds; a checkpoint of another script has no such key
             fail(f"there is no run of {NAME}.py in {args.out}: give the --out of one, or leave out --resume")
     elif path.exists():
