@@ -405,7 +405,7 @@ def save_figures(nets, invert, data, z, out, step):
         blurred = blur(samples[:24])
         restored = generate(nets["G"], invert(blurred))
         triples = to_signed(samples[:24]), to_signed(blurred), to_signed(restored)
-        captions = [["original"], ["blurred"], ["restored"]]  # each on the first image of its batch
+        captions = [["original"], ["blurred"], ["restored"]]  # for the first image of each batch below
         save_grid(out / "figure5_deblurred.png", *triples, groups_per_row=3, captions=captions)
     for module, training in modes:
         module.training = training
@@ -420,7 +420,7 @@ def save_found(out, descriptors, data, described):
     four = to_unit(gallery[:4].to(codes.device))
     changed = torch.cat(list(change_images(four).values()))
     others = to_unit(data.heldout[:64].to(codes.device))
-    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]  # each on its batch's first image
+    captions = [[text] for text in ("query", "codes", "dHash", "pHash", "colours")]  # for each batch's first image
     for file, queries in {"figure3_changed.png": changed, "figure4_found.png": others}.items():
         found = distances(describe(queries, descriptors), described)
         best = [found[name].argmin(1).cpu() for name in ("codes", "dhash", "phash", "colour_histogram")]  # [Q] each

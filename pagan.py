@@ -313,7 +313,7 @@ def save_figures(nets, data, z, out, step, p):
     save_grid(out / f"reconstructions_{step}.png", x, reconstruct(nets, x), groups_per_row=5)
     few = x[:10]
     u = torch.rand(len(few), 2, generator=torch.Generator().manual_seed(0)).to(z.device)
-    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]  # each on the first image of its batch
+    captions = [["original"], ["blur"], ["contrast"], ["pad + crop"]]  # for the first image of each batch below
     augmented = blur(few, u), contrast(few, u), crop(few, u, p)
     save_grid(out / "figure_augmentations.png", few, *augmented, groups_per_row=2, captions=captions)
     nets.train(was_training)

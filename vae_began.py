@@ -332,7 +332,7 @@ def save_figures(nets, data, z, out, step):
     save_grid(out / f"samples_{step}.png", nets["G"](z[:100]))
     x_d = x[:10]
     x_g = nets["G"](z[: len(x_d)])
-    captions = [["fake"], ["D(fake)"], ["real"], ["D(real)"]]  # each on the first image of its batch
+    captions = [["fake"], ["D(fake)"], ["real"], ["D(real)"]]  # for the first image of each batch below
     fours = [x_g, nets["D"](x_g)[0], x_d, nets["D"](x_d)[0]]
     save_grid(out / "figure4_discriminator.png", *fours, groups_per_row=2, captions=captions)
     if "E" in nets:
