@@ -98,7 +98,7 @@ SCRIPTS = {
         ],
     },
     "inverse_gen": {
-        "tiny": [*TINY, "--method", "bigan"],  # whose steps are all of one stage; test_inverse_gen.py has the others
+        "tiny": [*TINY, "--method", "bigan", "--search-steps", 2],  # test_inverse_gen.py has runs of two stages
         "breaks": ("bigan", "L_G"),
         "models": [["--method", "search"], *(["--method", kind, "--gan-steps", 1] for kind in ("aegan", "direct"))],
         "bad": [
